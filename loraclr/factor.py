@@ -1,0 +1,62 @@
+"""A change of weight given by factors, brought to a smaller rank: ΔW = up @ down → the best up', down' of rank r."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loraclr.solve import float64_device
+
+
+def truncate(up: Tensor, down: Tensor, rank: int | None = None, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors of at most the given rank, in the norm of what the layer puts out.
+
+    up: (o, R), down: (R, d), gram: (d, d) = XᵀX of the layer's inputs. Returns (o, r) and (r, d), r ≤ rank, of the dtype of
+    `up`, which minimise ‖(ΔW − ΔW')G^½‖_F; without gram, plain ‖ΔW − ΔW'‖_F (Eckart-Young). ΔW itself comes back, up to
+    rounding, when its rank is at most `rank`, or when `rank` is None. Singular values are split evenly between the factors.
+    The work is done in float64 and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors of zeros.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}, but must be at least 1")
+    dtype, device = up.dtype, float64_device(up.device)
+    base, rest = _orthonormal(up.to(device, torch.float64), down.to(device, torch.float64))
+    if rank is not None and base.shape[1] > rank:
+        # The best ΔW' in the weighted norm is ΔW projected on the leading output directions of ΔW G^½, that is on the
+        # leading eigenvectors of ΔW G ΔWᵀ: no square root of the d×d Gram is needed, only this R×R matrix.
+        weighted = rest if gram is None else rest @ gram.to(rest)
+        leading = torch.linalg.eigh(weighted @ rest.T).eigenvectors[:, -rank:]
+        base, rest = base @ leading, leading.T @ rest
+    rows, singular, columns = torch.linalg.svd(rest, full_matrices=False)
+    root = singular.sqrt()
+    new_up, new_down = base @ rows * root, root[:, None] * columns
+    return new_up.to(up.device, dtype).contiguous(), new_down.to(up.device, dtype).contiguous()
+
+
+def energy(up: Tensor, down: Tensor, gram: Tensor | None = None) -> float:
+    """‖up @ down G^½‖²_F, the summed square of the layer's change of output; without gram ‖up @ down‖²_F."""
+    device = float64_device(up.device)
+    up, down = up.to(device, torch.float64), down.to(device, torch.float64)
+    weighted = down if gram is None else down @ gram.to(down)
+    return float(((up.T @ up) * (weighted @ down.T)).sum())
+
+
+def kept(up: Tensor, down: Tensor, new_up: Tensor, new_down: Tensor, gram: Tensor | None = None) -> float:
+    """The share of the output's energy that new factors keep: 1 − ‖(ΔW − ΔW')G^½‖² / ‖ΔW G^½‖²; 1 where ΔW does nothing.
+
+    Below 0 if the new factors are worse than none.
+    """
+    whole = energy(up, down, gram)
+    if whole <= 0.0:
+        return 1.0
+    lost = energy(torch.cat([up, -new_up.to(up)], 1), torch.cat([down, new_down.to(down)]), gram)
+    return 1.0 - max(lost, 0.0) / whole
+
+
+def _orthonormal(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with orthonormal columns in the first factor, and no more of them than its numerical rank."""
+    left, upper = torch.linalg.qr(up)
+    right, lower = torch.linalg.qr(down.T)
+    rows, singular, columns = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    noise = torch.finfo(torch.float64).eps * max(up.shape[0], down.shape[1]) * singular.max()
+    count = max(1, int((singular > noise).sum()))
+    return left @ rows[:, :count], singular[:count, None] * (columns[:count] @ right.T)

@@ -1,0 +1,230 @@
+"""LoRA files: reading with one clear sentence for whatever is wrong, and writing what A1111 and Forge understand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraclr.keys import Family
+from loraclr.lora import Layer, LoRA, LoRAFormatError, parse
+
+# What the webui calls the families in a sidecar and, by metadata, in its Lora tab.
+SD_VERSION: dict[Family, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
+_BASE_MODEL: dict[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+_ARCHITECTURE: dict[Family, str] = {
+    "sd1": "stable-diffusion-v1/lora",
+    "sd2": "stable-diffusion-v2-512/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
+}
+_IMPLEMENTATION: dict[Family, str] = {
+    "sd1": "diffusers",
+    "sd2": "diffusers",
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+}
+
+
+def load(path: str | os.PathLike[str]) -> LoRA:
+    """Read a LoRA from a .safetensors file. Nothing is ever unpickled.
+
+    Raises LoRAFormatError with one sentence that names the file, what is wrong with it and what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise LoRAFormatError(f"{path.name} {what} ({path}); choose a .safetensors file.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file handle, not a dict)
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise LoRAFormatError(f"{path.name} {_why_unreadable(path)}") from error
+    lora = parse(tensors, metadata, path.stem, path)
+    return replace(lora, activation=_activation_text(path))
+
+
+def save(
+    path: str | os.PathLike[str],
+    layers: Mapping[str, Layer],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+) -> Path:
+    """Write layers under kohya's names as a .safetensors file, all or nothing.
+
+    The hashes that the webui trusts are computed as kohya does, after the cast, and title and output name default to the
+    file's. The file appears complete under its name or not at all. Raises FileExistsError if it exists and `overwrite` is
+    not set; ValueError for values that are not finite in `dtype`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path.name} must end in .safetensors")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path.name} exists already; choose another name or allow overwriting.")
+    wrong = sorted(key for key, value in metadata.items() if not isinstance(value, str))
+    if wrong:
+        raise ValueError(f"metadata values must be str; these are not: {', '.join(wrong)}")
+    tensors = _tensors(layers, dtype)
+    metadata = {"ss_output_name": path.stem, "modelspec.title": path.stem, **metadata}
+    metadata |= _hashes(tensors, metadata)
+    _write(path, safetensors.torch.save(tensors, metadata))
+    return path
+
+
+def lora_metadata(
+    family: Family,
+    layers: Mapping[str, Layer],
+    sources: Sequence[str],
+    triggers: Sequence[str],
+    recipe: Mapping[str, Any],
+) -> dict[str, str]:
+    """The metadata of a merged LoRA: what A1111, Forge and kohya's tools look for, and how it was made.
+
+    sources: names of the merged LoRAs; triggers: the words that call their concepts; recipe: anything JSON can hold.
+    """
+    ranks = {str(layer.rank) for layer in layers.values()}
+    alphas = {f"{layer.alpha:g}" for layer in layers.values()}
+    # A1111 shows these as tags on the card; it wants folders of tags with counts.
+    tags = {"merge": {trigger: 1 for trigger in triggers if trigger}}
+    return {
+        "ss_base_model_version": _BASE_MODEL[family],
+        "ss_v2": str(family == "sd2"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _ARCHITECTURE[family],
+        "modelspec.implementation": _IMPLEMENTATION[family],
+        "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "modelspec.merged_from": ", ".join(sources),
+        "modelspec.trigger_phrase": ", ".join(trigger for trigger in triggers if trigger),
+        "loraclr.recipe": json.dumps(recipe, ensure_ascii=False),
+    }
+
+
+def write_sidecar(
+    path: str | os.PathLike[str],
+    activation_text: str,
+    family: Family,
+    notes: str = "",
+    preferred_weight: float = 1.0,
+) -> Path | None:
+    """Write the webui's user metadata (<name>.json) beside a LoRA file; None, and nothing written, if there is one."""
+    sidecar = Path(path).with_suffix(".json")
+    if sidecar.exists():
+        return None
+    fields = {
+        "description": "",
+        "sd version": SD_VERSION[family],
+        "activation text": activation_text,
+        "preferred weight": preferred_weight,
+        "negative text": "",
+        "notes": notes,
+    }
+    _write(sidecar, json.dumps(fields, indent=4, ensure_ascii=False).encode())
+    return sidecar
+
+
+def _tensors(layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for name, layer in layers.items():
+        up, down = layer.up, layer.down
+        if layer.conv:
+            up = up[:, :, None, None]
+            down = down.reshape(layer.rank, -1, *layer.kernel)
+        tensors[f"{name}.lora_up.weight"] = _cast(up, dtype, name)
+        tensors[f"{name}.lora_down.weight"] = _cast(down, dtype, name)
+        tensors[f"{name}.alpha"] = _cast(torch.tensor(layer.alpha), dtype, name)
+    return tensors
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"layer {name} holds NaN or infinite values, so the LoRA cannot be saved")
+    cast = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(cast).all():
+        largest = float(tensor.abs().max())
+        short = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"layer {name} holds values up to {largest:.3g}, too large for {short}; save as bfloat16 or float32"
+        )
+    return cast
+
+
+def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """kohya's two hashes: of the bytes behind the header, and of 64 KiB at 1 MiB, both with ss_ metadata only."""
+    content = safetensors.torch.save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    header = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(memoryview(content)[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }
+
+
+def _write(path: Path, content: bytes) -> None:
+    # In the same folder, so that the final rename is atomic; with an ending that the webui does not list.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _activation_text(path: Path) -> str:
+    """The user's activation text from the webui's sidecar; a missing or broken sidecar is no reason to fail."""
+    try:
+        fields = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    text = fields.get("activation text", "") if isinstance(fields, dict) else ""
+    return text.strip() if isinstance(text, str) else ""
+
+
+def _why_unreadable(path: Path) -> str:
+    """The rest of a sentence about a file that safetensors does not accept."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(512)
+            length = int.from_bytes(start[:8], "little")
+            if 8 < length <= size - 8 and start[8:9] == b"{":
+                file.seek(8)
+                entries = json.loads(file.read(length))
+                end = max(
+                    (entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0
+                )
+                if end > size - 8 - length:
+                    return f"is cut off: {size} bytes of {8 + length + end} are there; download or copy it again."
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); check its permissions."
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return "is damaged: its safetensors header makes no sense; download or copy it again."
+    if size == 0:
+        return "is empty; download or copy it again."
+    if start.startswith((b"PK", b"\x80")):
+        return "is a pickle file, which could run code, and is not read; convert it to .safetensors."
+    if start.startswith(b"version https://git-lfs"):
+        return "is only a Git LFS pointer; download the file itself."
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not a LoRA; download the file again, logged in if the site asks for it."
+    if start[8:9] == b"{" and length > size - 8:
+        return "is cut off within its header; download or copy it again."
+    return "is not a safetensors file; choose a LoRA in .safetensors format."
