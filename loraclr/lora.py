@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -119,7 +120,10 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str,
     layers = {}
     for stem, parts in grouped.items():
         if "lora_up.weight" in parts or "lora_down.weight" in parts:
-            layers[stem] = _layer(stem, parts, title)
+            layer = _layer(stem, parts, title)
+            if "alpha" not in parts:
+                layer = replace(layer, alpha=_peft_alpha(sources[stem, "lora_up.weight"], layer.rank, metadata))
+            layers[stem] = layer
         else:
             unused.extend(sources[stem, suffix] for suffix in parts)
     if not layers:
@@ -158,6 +162,22 @@ def _layer(stem: str, parts: Mapping[str, Tensor], title: str) -> Layer:
             f"{title} is damaged: {stem}.alpha has shape {tuple(alpha.shape)} instead of one number; get the file again."
         )
     return Layer(up.flatten(1), down.flatten(1), float(up.shape[1] if alpha is None else alpha), conv, kernel)
+
+
+def _peft_alpha(key: str, rank: int, metadata: Mapping[str, str]) -> float:
+    """The alpha of a layer without one: from PEFT's configuration if diffusers has stored it in the metadata, else the rank."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        part, _, module = re.sub(r"\.lora_B(\.\w+)?\.weight$", "", key).partition(".")
+        alpha = config.get(f"{part}.lora_alpha", rank)
+        for pattern, own in (config.get(f"{part}.alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = own
+                break
+        # Rank-stabilised LoRA divides by the root of the rank instead of the rank.
+        return float(alpha) * (math.sqrt(rank) if config.get(f"{part}.use_rslora") else 1.0)
+    except (ValueError, TypeError, AttributeError, re.error):
+        return float(rank)
 
 
 # Formats that change a layer in another way than up @ down. Ignoring one silently would change the picture.
