@@ -1,0 +1,234 @@
+"""The host for AUTOMATIC1111's webui: its loaded model, its own pipeline, its progress bar and its Interrupt button.
+
+Everything here must run inside the webui's job queue (`wrap_gradio_gpu_call`, or `with queue_lock`), which it never takes
+itself: the lock is not reentrant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import networks  # the webui's own LoRA extension
+import torch
+from modules import devices, lowvram, sd_unet, shared
+from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, process_images
+from PIL import Image
+from torch import Tensor, nn
+
+from loraclr.keys import Family, kohya_name
+from loraclr.merging import Cancelled
+
+#: Called for every UNet call: x (B, 4, h, w), t (B,), context (B, T, C), output (B, 4, h, w).
+Record = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+# The module types whose weights the webui's LoRA extension rewrites in place.
+_REWRITTEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
+
+# state.job_no counts this many parts, so that the steps of one picture hardly move the bar.
+_PARTS = 1000
+
+
+class A1111:
+    """The checkpoint that the webui has loaded, as the merge sees it.
+
+    Raises ValueError, one sentence for the user, if that checkpoint cannot be merged for.
+    """
+
+    family: Family = "sd1"
+
+    def __init__(self) -> None:
+        model = shared.sd_model  # loads the chosen checkpoint if the webui has not done so yet
+        if model is None:
+            raise ValueError("No checkpoint is loaded; choose one at the top of the page.")
+        name = model.sd_checkpoint_info.name_for_extra
+        if not model.is_sd1:
+            raise ValueError(f"{name} is not a Stable Diffusion 1.x checkpoint; only those can be merged for so far.")
+        if model.model.conditioning_key != "crossattn":
+            raise ValueError(f"{name} is an inpainting or editing checkpoint; choose an ordinary one for the merge.")
+        if sd_unet.get_unet_option() is not None:
+            raise ValueError("An optimised UNet is active, which hides the model; set SD Unet to None in the settings.")
+        self._model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; with medvram its weights may rest elsewhere."""
+        return devices.device
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Every Linear and Conv2d of UNet and text encoder by canonical name: the live modules."""
+        parts = (
+            ("unet", self._model.model.diffusion_model),
+            ("text_encoder", self._model.cond_stage_model.wrapped.transformer),
+        )
+        return {
+            kohya_name(part, path): module
+            for part, root in parts
+            for path, module in root.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+        }
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Contexts (B, T, C) through the webui's text encoder, with its emphasis, embeddings and clip skip."""
+        with devices.autocast():
+            return self._model.get_learned_conditioning(list(prompts))
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """One UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context (B, T, C) → prediction (B, 4, h, w).
+
+        In the precision that the webui generates in, returned as float32.
+        """
+        x, t, context = (tensor.to(devices.device, devices.dtype_unet) for tensor in (x, t, context))
+        with devices.autocast():
+            # Not the UNet itself: medvram moves it to the device in a hook of this wrapper.
+            return self._model.model(x, t, c_crossattn=[context]).float()
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        steps: int,
+        guidance: float,
+        width: int,
+        height: int,
+        negative_prompt: str = "",
+    ) -> list[Image.Image]:
+        """Pictures by the webui's own txt2img, picture k from seed + k; nothing is saved. Raises Cancelled."""
+        stop_if_cancelled()
+        p = StableDiffusionProcessingTxt2Img(
+            sd_model=self._model,
+            prompt=list(prompts),
+            negative_prompt=negative_prompt,
+            batch_size=len(prompts),
+            seed=seed,
+            steps=steps,
+            cfg_scale=guidance,
+            width=width,
+            height=height,
+            sampler_name="Euler",
+            scheduler="Automatic",
+            s_min_uncond=0,
+            tiling=False,
+            restore_faces=False,
+            do_not_save_samples=True,
+            do_not_save_grid=True,
+            do_not_reload_embeddings=True,
+            disable_extra_networks=True,
+            override_settings=self._overrides(),
+        )
+        # Text features computed while a concept's hooks are on must not reach the webui's cache.
+        p.cached_c, p.cached_uc = [None, None], [None, None]
+        with _own_progress():
+            try:
+                pictures = process_images(p).images
+            finally:
+                p.close()
+        stop_if_cancelled()
+        return pictures
+
+    @contextmanager
+    def watch(self, record: Record) -> Iterator[None]:
+        """Call `record` for every UNet call made inside; cond and uncond rows may share a call or not."""
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x, t = args[:2]
+            record(x, t, kwargs["context"] if "context" in kwargs else args[2], output)
+
+        handle = self._model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Everything that the merge does with the model runs inside.
+
+        No LoRA or hypernetwork of the user is applied and the base weights are in place; gradients reach only tensors
+        from outside the model. The next generation loads again what its prompt names.
+        """
+        hypernetworks = list(shared.loaded_hypernetworks)
+        history = shared.cmd_opts.no_prompt_history
+        trained = [
+            parameter
+            for part in (self._model.model, self._model.cond_stage_model)
+            for parameter in part.parameters()
+            if parameter.requires_grad
+        ]
+        self._unload_networks()
+        shared.loaded_hypernetworks.clear()
+        shared.cmd_opts.no_prompt_history = True  # "read the last generation" is to find the user's own
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            shared.cmd_opts.no_prompt_history = history
+            shared.loaded_hypernetworks[:] = hypernetworks
+            if lowvram.is_enabled(self._model):
+                lowvram.send_everything_to_cpu()
+            devices.torch_gc()
+
+    def publish(self, path: Path) -> None:
+        """Make a newly written LoRA file known, also if it replaced one that the webui had applied or cached."""
+        self._unload_networks()
+        networks.networks_in_memory.pop(path.stem, None)
+        networks.list_available_networks()
+        # The cache's key holds the LoRA's name, not its content.
+        StableDiffusionProcessing.cached_c, StableDiffusionProcessing.cached_uc = [None, None], [None, None]
+        StableDiffusionProcessingTxt2Img.cached_hr_c = [None, None]
+        StableDiffusionProcessingTxt2Img.cached_hr_uc = [None, None]
+
+    def _overrides(self) -> dict[str, Any]:
+        """Settings that a picture of the merge needs otherwise than the user has them."""
+        wanted = {
+            # Should the user choose another checkpoint meanwhile, it is loaded after the merge.
+            "sd_model_checkpoint": self._model.sd_checkpoint_info.title,
+            # These would make capture see another computation than `predict`.
+            "token_merging_ratio": 0.0,
+            "skip_early_cond": 0.0,
+            "multiple_tqdm": False,
+        }
+        return {name: value for name, value in wanted.items() if shared.opts.data.get(name) != value}
+
+    def _unload_networks(self) -> None:
+        """Base weights back in place: after a generation the webui leaves its LoRAs merged until the next one."""
+        with torch.no_grad():
+            networks.load_networks([])
+            for module in self._model.network_layer_mapping.values():
+                if isinstance(module, _REWRITTEN):
+                    networks.network_apply_weights(module)
+
+
+def report(stage: str, fraction: float, seconds_left: float | None = None) -> None:
+    """The merge's progress, on the webui's own bar, which estimates the time left itself. Raises Cancelled."""
+    shared.state.job_count = _PARTS
+    shared.state.job_no = round(_PARTS * fraction)
+    shared.state.sampling_step = 0
+    shared.state.textinfo = stage
+    stop_if_cancelled()
+
+
+def stop_if_cancelled() -> None:
+    """Raise Cancelled if the user has interrupted (or skipped) the running job."""
+    state = shared.state
+    if state.interrupted or state.skipped or state.stopping_generation:
+        raise Cancelled("The merge was interrupted.")
+
+
+@contextmanager
+def _own_progress() -> Iterator[None]:
+    """Generating a picture leaves the job's place on the progress bar as it was."""
+    kept = ("job_count", "job_no", "job", "textinfo", "sampling_step", "sampling_steps")
+    before = {name: getattr(shared.state, name) for name in kept}
+    if before["job_count"] < 1:
+        shared.state.job_count = 1  # else process_images would set it
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(shared.state, name, value)
