@@ -205,7 +205,7 @@ def _why_unreadable(path: Path) -> str:
         with open(path, "rb") as file:
             start = file.read(512)
             length = int.from_bytes(start[:8], "little")
-            if 8 < length <= size - 8 and start[8:9] == b"{":
+            if 2 <= length <= size - 8 and start[8:9] == b"{":
                 file.seek(8)
                 entries = json.loads(file.read(length))
                 end = max(

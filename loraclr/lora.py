@@ -136,6 +136,10 @@ def _layer(stem: str, parts: Mapping[str, Tensor], title: str) -> Layer:
         if f"lora_{side}.weight" not in parts:
             raise LoRAFormatError(f"{title} is incomplete: {stem} has no lora_{side}.weight; get the file again.")
     for suffix, tensor in parts.items():
+        if tensor.dtype not in _READABLE and suffix != "alpha":
+            raise LoRAFormatError(
+                f"{title} cannot be read: {stem}.{suffix} is {str(tensor.dtype).removeprefix('torch.')}; save it as float16."
+            )
         if not torch.isfinite(tensor.float()).all():
             raise LoRAFormatError(
                 f"{title} is damaged: {stem}.{suffix} holds NaN or infinite values; use another epoch or copy of this LoRA."
@@ -179,6 +183,15 @@ def _peft_alpha(key: str, rank: int, metadata: Mapping[str, str]) -> float:
     except (ValueError, TypeError, AttributeError, re.error):
         return float(rank)
 
+
+_READABLE = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+}
 
 # Formats that change a layer in another way than up @ down. Ignoring one silently would change the picture.
 _FORMATS = [
