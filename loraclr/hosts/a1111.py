@@ -6,7 +6,7 @@ itself: the lock is not reentrant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ from modules.processing import StableDiffusionProcessing, StableDiffusionProcess
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.hosts import Record
 from loraclr.keys import Family, kohya_name
 from loraclr.merging import Cancelled
-
-#: Called for every UNet call: x (B, 4, h, w), t (B,), context (B, T, C), output (B, 4, h, w).
-Record = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 # The module types whose weights the webui's LoRA extension rewrites in place.
 _REWRITTEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
@@ -51,6 +49,7 @@ class A1111:
         if sd_unet.get_unet_option() is not None:
             raise ValueError("An optimised UNet is active, which hides the model; set SD Unet to None in the settings.")
         self._model = model
+        self.size = 8 * int(model.image_size)
 
     @property
     def device(self) -> torch.device:
@@ -86,21 +85,13 @@ class A1111:
             return self._model.model(x, t, c_crossattn=[context]).float()
 
     def sample(
-        self,
-        prompts: Sequence[str],
-        seed: int,
-        steps: int,
-        guidance: float,
-        width: int,
-        height: int,
-        negative_prompt: str = "",
+        self, prompts: Sequence[str], seed: int, steps: int, guidance: float, width: int, height: int
     ) -> list[Image.Image]:
         """Pictures by the webui's own txt2img, picture k from seed + k; nothing is saved. Raises Cancelled."""
         stop_if_cancelled()
         p = StableDiffusionProcessingTxt2Img(
             sd_model=self._model,
             prompt=list(prompts),
-            negative_prompt=negative_prompt,
             batch_size=len(prompts),
             seed=seed,
             steps=steps,
