@@ -143,7 +143,7 @@ _ONLY_FOUR_LEVELS = re.compile(
     r"down_blocks_0_attentions|down_blocks_2_downsamplers|(down|up)_blocks_3_|input_blocks_[12]_1_|(in|out)put_blocks_(9|1\d)_"
 )
 _ONLY_SDXL = re.compile(
-    r"(^|_)lora_te1_|(?<!^lora)_transformer_blocks_[1-9]|up_blocks_0_attentions|output_blocks_[012]_1_(norm|proj|transformer)"
+    r"(^|_)lora_te1_|transformer_blocks_[1-9]|up_blocks_0_attentions|output_blocks_[012]_1_(norm|proj|transformer)"
     r"|add_embedding|label_emb|^lora_unet_(input_blocks|middle_block|output_blocks|time_embed|out)_"
 )
 

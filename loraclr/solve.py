@@ -65,7 +65,10 @@ class Statistics:
         )
 
     def error(self, up: Tensor, down: Tensor) -> float:
-        """Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² of a change up @ down, ((o, R), (R, d)), from the sums alone."""
+        """Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² of a change up @ down, ((o, R), (R, d)), from the sums alone.
+
+        A difference of large numbers: with float32 sums, errors below about 1e-6 of `target_energy` are rounding.
+        """
         up, down = up.to(self.gram), down.to(self.gram)
         own = ((up.T @ up).double() * (down @ self.gram @ down.T).double()).sum()
         pairs = zip(self.ups, self.crosses, strict=True)
@@ -102,5 +105,5 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to compute in float64: the device itself, or the CPU for Apple's GPUs, which cannot."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Where to compute in float64: the device itself, or the CPU for those that may not know it (Apple, Arc, DirectML)."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")

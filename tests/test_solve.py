@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraclr import objective
-from loraclr.solve import Statistics, closed_form
+from loraclr.solve import Statistics, closed_form, float64_device
 
 DOUBLE = torch.float64
 
@@ -167,3 +167,8 @@ def test_wrong_inputs_are_refused():
         closed_form(torch.full((2, 2), torch.nan), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(2, 5\) do not fit a layer of 6 inputs"):
         Statistics(6, [(torch.zeros(4, 2), torch.zeros(2, 5))])
+
+
+@pytest.mark.parametrize(("device", "solver"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu", "cpu")])
+def test_float64_is_left_to_devices_that_have_it(device, solver):
+    assert float64_device(torch.device(device)) == torch.device(solver)
