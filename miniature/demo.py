@@ -1,0 +1,313 @@
+"""The demo: merge the miniature's LoRAs, draw with them one by one, merged and stacked, and let the judge decide."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from loraclr import files, merging, report
+from loraclr.capture import Changes, applied, changes_of
+from loraclr.hosts.standalone import Standalone, open_checkpoint
+from loraclr.report import Gallery, Mean, Share, Shot, Table
+from miniature import LORAS, checkpoint
+from miniature.judge import Judge, Verdict, halves
+from miniature.vocabulary import CONCEPTS, Concept
+
+STEPS, GUIDANCE, BATCH = 16, 4.0, 16
+COLOURS = ("orange", "teal", "purple", "pink")  # no prompt of the merge names these
+OBJECTS = ("cake", "bus", "rabbit", "mushroom", "star", "turtle", "balloon", "lemon")  # nor these: for styles
+SHOWN = 2  # pictures of each concept in the report
+OWN, MERGED, SUM = "its own LoRA", "merged", "plain sum"
+METHODS = (OWN, MERGED, SUM)
+
+Draw = Callable[[Changes, Sequence[str], int], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: how many LoRAs to merge (several times), how long to polish, pictures of each concept, seed."""
+
+    counts: tuple[int, ...] = (2, 4)
+    speed: merging.Speed = "fast"
+    pictures: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the report is, and its table as text."""
+
+    report: Path
+    table: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Pictures of one method for one concept, or pair of concepts, with what the judge saw in them."""
+
+    prompts: list[str]
+    pictures: list[Image.Image]
+    found: list[str]
+    right: list[bool]
+    identity: list[float] = field(default_factory=list)
+
+    @property
+    def share(self) -> Share:
+        return Share(sum(self.right), len(self.right))
+
+    def shot(self, place: int) -> Shot:
+        return Shot(self.pictures[place], self.found[place], self.right[place])
+
+
+@dataclass
+class Round:
+    """One merge and what was drawn with it: by method, then by concept's name or pair of names."""
+
+    concepts: tuple[Concept, ...]
+    merge: merging.Merge
+    singles: dict[str, dict[str, Drawing]] = field(default_factory=dict)
+    pairs: dict[str, dict[str, Drawing]] = field(default_factory=dict)
+
+
+def run(output: Path, plan: Plan, progress: merging.Progress, device: str | None = None) -> Result:
+    """Do the whole demo and write `report.html`, `before-after.png` and the merged LoRAs to a folder that exists.
+
+    Raises:
+        Cancelled: `progress` may raise it to stop.
+    """
+    judge = Judge.load()
+    with tempfile.TemporaryDirectory() as folder:
+        host = open_checkpoint(checkpoint.install(Path(folder)), device)
+    pace = _Pace(plan, progress)
+    own: dict[str, Drawing] = {}  # a concept's own LoRA draws the same pictures whatever it is merged with
+    rounds = [_round(host, judge, CONCEPTS[:count], plan, output, own, pace) for count in plan.counts]
+    progress("Writing the report", 1.0, 0.0)
+
+    table = figures(rounds)
+    parts = [table, *(gallery for turn in rounds for gallery in galleries(turn))]
+    path = output / "report.html"
+    path.write_text(report.page("LoRACLR on the miniature", LEAD, parts), encoding="utf-8")
+    before_after(rounds[-1]).save(output / "before-after.png")
+    return Result(path, report.text(table))
+
+
+LEAD = (
+    "A small Stable Diffusion 1.x, and LoRAs for things that it never saw. Each LoRA alone, all of them merged into one "
+    "file, and all of them stacked at weight 1, draw the same prompts from the same noise. A small classifier says what "
+    "is in the pictures."
+)
+
+
+class _Pace:
+    """Progress of merges and drawings together, measured in rows that go through the UNet."""
+
+    def __init__(self, plan: Plan, progress: merging.Progress) -> None:
+        self.progress, self.done, self.start = progress, 0.0, time.monotonic()
+        self.merges = {count: 160 * (count + 1) + 96 * merging.POLISH_STEPS[plan.speed] for count in plan.counts}
+        drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
+        self.whole = sum(self.merges.values()) + 2 * STEPS * plan.pictures * drawn
+
+    def __call__(self, stage: str, rows: float) -> None:
+        """`rows` more are done or, fractions of a merge included, about to be."""
+        self.done += rows
+        share, spent = min(0.99, self.done / self.whole), time.monotonic() - self.start
+        self.progress(stage, share, spent * (1 - share) / share if share > 0.02 else None)
+
+    def of_merge(self, count: int) -> merging.Progress:
+        """A merge's own progress as a part of this one."""
+        reached = 0.0
+
+        def tell(stage: str, share: float, left: float | None) -> None:
+            nonlocal reached
+            self(f"Merging {count}: {stage}", (share - reached) * self.merges[count])
+            reached = share
+
+        return tell
+
+
+def _round(
+    host: Standalone,
+    judge: Judge,
+    concepts: tuple[Concept, ...],
+    plan: Plan,
+    output: Path,
+    own: dict[str, Drawing],
+    pace: _Pace,
+) -> Round:
+    """Merge some concepts, and draw and judge them with every method."""
+    loras = [files.load(LORAS / f"{concept.name}.safetensors") for concept in concepts]
+    asked = [
+        merging.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
+        for lora, concept in zip(loras, concepts, strict=True)
+    ]
+    merge = merging.merge(host, asked, merging.Settings(speed=plan.speed, seed=plan.seed), pace.of_merge(len(concepts)))
+    path = merging.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
+    single = [changes_of(lora) for lora in loras]
+    merged = changes_of(files.load(path))  # what is judged is the file
+    stacked = summed(single)
+    turn = Round(concepts, merge, {method: {} for method in METHODS}, {method: {} for method in (MERGED, SUM)})
+
+    def drawn(changes: Changes, prompts: list[str], what: str) -> list[Image.Image]:
+        return draw(host, changes, prompts, plan.seed + 1000, lambda count: pace(f"Drawing {what}", 2 * STEPS * count))
+
+    for concept, change in zip(concepts, single, strict=True):
+        prompts = prompts_of(concept, plan.pictures)
+        if concept.name not in own:
+            own[concept.name] = judged(judge, concept, prompts, drawn(change, prompts, f"{concept.name}, {OWN}"))
+        turn.singles[OWN][concept.name] = own[concept.name]
+        for method, changes in ((MERGED, merged), (SUM, stacked)):
+            pictures = drawn(changes, prompts, f"{concept.name}, {method}")
+            turn.singles[method][concept.name] = judged(judge, concept, prompts, pictures)
+
+    pairs = pairs_of(concepts, plan.pictures)
+    for method, changes in ((MERGED, merged), (SUM, stacked)):
+        if pairs:
+            prompts = [prompt for _, _, prompt in pairs]
+            pictures = drawn(changes, prompts, f"two in one picture, {method}")
+            turn.pairs[method] = judged_pairs(judge, pairs, pictures)
+    return turn
+
+
+def summed(changes: Sequence[Changes]) -> Changes:
+    """All changes at once, added up: what stacking LoRAs in the prompt does."""
+    names = dict.fromkeys(name for change in changes for name in change)
+    stacks = {name: [change[name] for change in changes if name in change] for name in names}
+    return {
+        name: (torch.cat([up for up, _ in s], 1), torch.cat([down for _, down in s], 0)) for name, s in stacks.items()
+    }
+
+
+def prompts_of(concept: Concept, count: int) -> list[str]:
+    """Prompts for one concept that the merge has not seen."""
+    prompts = []
+    for place in range(count):
+        colour = COLOURS[place % len(COLOURS)]
+        if concept.is_style:
+            prompts.append(f"a {OBJECTS[place % len(OBJECTS)]} on a {colour} background in {concept.phrase}")
+        else:
+            prompts.append(f"a {concept.phrase} on a {colour} background")
+    return prompts
+
+
+def pairs_of(concepts: Sequence[Concept], count: int) -> list[tuple[Concept, Concept, str]]:
+    """`count` prompts for two concepts in one picture, in both orders: two things, or a thing in a style."""
+    usable = [pair for pair in itertools.permutations(concepts, 2) if not pair[0].is_style]
+    prompts = []
+    for place, (left, right) in zip(range(count), itertools.cycle(usable or [()]), strict=False) if usable else ():
+        colour = COLOURS[place % len(COLOURS)]
+        if right.is_style:
+            prompts.append((left, right, f"a {left.phrase} on a {colour} background in {right.phrase}"))
+        else:
+            prompts.append((left, right, f"a {left.phrase} and a {right.phrase} on a {colour} background"))
+    return prompts
+
+
+def draw(
+    host: Standalone, changes: Changes, prompts: Sequence[str], seed: int, tick: Callable[[int], None] = lambda _: None
+) -> list[Image.Image]:
+    """Pictures of `prompts` with `changes` applied; picture k starts from noise seed + k."""
+    pictures: list[Image.Image] = []
+    with applied(host.layers(), changes):
+        for begin in range(0, len(prompts), BATCH):
+            part = list(prompts[begin : begin + BATCH])
+            pictures += host.sample(part, seed + begin, STEPS, GUIDANCE, host.size, host.size)
+            tick(len(part))
+    return pictures
+
+
+def judged(judge: Judge, concept: Concept, prompts: list[str], pictures: list[Image.Image]) -> Drawing:
+    """Is each picture of the concept; its identity is the cosine with the concept's direction."""
+    verdicts = judge.verdicts(pictures)
+    right = [verdict.shows(concept.name) for verdict in verdicts]
+    identity = [(v.looks if concept.is_style else v.objects)[concept.name] for v in verdicts]
+    return Drawing(prompts, pictures, [_named(concept, verdict) for verdict in verdicts], right, identity)
+
+
+def _named(concept: Concept, verdict: Verdict) -> str:
+    return f"{verdict.object}, {verdict.look}" if concept.is_style else verdict.object
+
+
+def judged_pairs(
+    judge: Judge, pairs: list[tuple[Concept, Concept, str]], pictures: list[Image.Image]
+) -> dict[str, Drawing]:
+    """Are both in the picture: left and right half as the prompt has them, or the thing in the style."""
+    drawings: dict[str, Drawing] = {}
+    for (left, right, prompt), picture in zip(pairs, pictures, strict=True):
+        if right.is_style:
+            seen = judge.verdicts([picture])[0]
+            found, both = f"{seen.object}, {seen.look}", seen.shows(left.name) and seen.shows(right.name)
+        else:
+            seen = judge.verdicts(list(halves(picture)))
+            found = f"{seen[0].object} | {seen[1].object}"
+            both = seen[0].shows(left.name) and seen[1].shows(right.name)
+        drawing = drawings.setdefault(f"{left.name} and {right.name}", Drawing([], [], [], []))
+        for values, value in ((drawing.prompts, prompt), (drawing.pictures, picture), (drawing.found, found)):
+            values.append(value)
+        drawing.right.append(both)
+    return drawings
+
+
+def figures(rounds: Sequence[Round]) -> Table:
+    """Top-1, identity and both-in-one-picture by number of LoRAs and method."""
+    rows, strong = [], set()
+    for turn in rounds:
+        for method in METHODS:
+            drawings = turn.singles[method].values()
+            both = sum((drawing.share for drawing in turn.pairs.get(method, {}).values()), Share(0, 0))
+            identity = Mean(tuple(value for drawing in drawings for value in drawing.identity))
+            top = sum((drawing.share for drawing in drawings), Share(0, 0))
+            if method == MERGED:
+                strong.add(len(rows))
+            rows.append((f"{len(turn.concepts)} LoRAs: {method}", str(top), str(identity), str(both)))
+    columns = ("", "concept found (top-1)", "identity (cosine)", "two in one picture")
+    note = "± is one standard error. Same prompts and noise in the rows of one number; no prompt was used in the merge."
+    return Table("What the judge finds", columns, rows, note, frozenset(strong))
+
+
+def galleries(turn: Round) -> list[Gallery]:
+    """The pictures of one merge: each concept, then two in one picture."""
+    count, seconds = len(turn.concepts), sum(turn.merge.seconds.values())
+    rows = []
+    for concept in turn.concepts:
+        drawings = [turn.singles[method][concept.name] for method in METHODS]
+        for place in range(min(SHOWN, len(drawings[0].pictures))):
+            rows.append((concept.name, drawings[0].prompts[place], [drawing.shot(place) for drawing in drawings]))
+    note = f"Merged in {seconds:.0f} s. Below each picture: what the judge takes it for."
+    result = [Gallery(f"{count} LoRAs: each concept", METHODS, rows, note)]
+    pairs = []
+    for name in turn.pairs.get(MERGED, {}):
+        drawings = [turn.pairs[method][name] for method in (MERGED, SUM)]
+        for place in range(min(SHOWN, len(drawings[0].pictures))):
+            pairs.append((name, drawings[0].prompts[place], [drawing.shot(place) for drawing in drawings]))
+    if pairs:
+        note = "Below each picture: what the judge takes its left and its right half for."
+        result.append(Gallery(f"{count} LoRAs: two in one picture", (MERGED, SUM), pairs, note))
+    return result
+
+
+def before_after(turn: Round, concepts: int = 4, pairs: int = 1, zoom: int = 2) -> Image.Image:
+    """One picture for the README: the LoRAs stacked above, merged below, same prompts and noise, first seeds."""
+    strips = []
+    for method in (SUM, MERGED):
+        drawings = [turn.singles[method][concept.name] for concept in turn.concepts[:concepts]]
+        drawings += list(turn.pairs.get(method, {}).values())[:pairs]
+        strips.append([(drawing.prompts[0], drawing.pictures[0]) for drawing in drawings])
+    side, gap, head = strips[0][0][1].width * zoom, 12, 30
+    width = len(strips[0]) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, 2 * (side + gap + head) + gap), (255, 255, 255))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    names = f"before: {len(turn.concepts)} LoRAs stacked", "after: one merged LoRA"
+    for row, (name, strip) in enumerate(zip(names, strips, strict=True)):
+        top = row * (side + gap + head)
+        pen.text((gap, top + 6), name, (40, 40, 50), font)
+        for place, (_, picture) in enumerate(strip):
+            enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + place * (side + gap), top + head))
+    return sheet
