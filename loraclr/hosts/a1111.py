@@ -1,7 +1,7 @@
 """The host for AUTOMATIC1111's webui: its loaded model, its own pipeline, its progress bar and its Interrupt button.
 
-Everything here must run inside the webui's job queue (`wrap_gradio_gpu_call`, or `with queue_lock`), which it never takes
-itself: the lock is not reentrant.
+Everything here must run inside the webui's job queue (`wrap_gradio_gpu_call`, or `with queue_lock`), which it never
+takes itself: the lock is not reentrant.
 """
 
 from __future__ import annotations

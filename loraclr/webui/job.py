@@ -44,7 +44,9 @@ def run(task: str, rows: Sequence[Row], name: str, replace: bool, settings: Sett
         _called_off.discard(task)
         raise Cancelled("The merge was interrupted.")
     if len(rows) < 2:
-        raise ValueError("Choose two or more LoRAs to merge." if rows else "No LoRA is chosen yet: choose two or more above.")
+        raise ValueError(
+            "Choose two or more LoRAs to merge." if rows else "No LoRA is chosen yet: choose two or more above."
+        )
     path = library.target(name, [row.name for row in rows], replace)
     concepts = []
     for row in rows:
@@ -52,7 +54,9 @@ def run(task: str, rows: Sequence[Row], name: str, replace: bool, settings: Sett
             raise ValueError(f"{row.name} has no weight; 1 is its usual strength.")
         if not row.trigger.strip():
             raise ValueError(f"{row.name} has no trigger words yet: write the words that call it into its row.")
-        concepts.append(Concept(files.load(library.path_of(row.name)), row.trigger.strip(), float(row.weight), kind=row.kind))
+        concepts.append(
+            Concept(files.load(library.path_of(row.name)), row.trigger.strip(), float(row.weight), kind=row.kind)
+        )
     host = A1111()
     merged = merge(host, concepts, settings, report)
     write(merged, path, overwrite=replace)

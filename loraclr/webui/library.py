@@ -54,8 +54,8 @@ def trigger_of(name: str) -> str:
 def target(name: str, sources: Sequence[str], replace: bool) -> Path:
     """Where to write a merged LoRA: always directly in the LoRA folder.
 
-    An empty name is made up from the sources'. Raises ValueError, one sentence, for a name that cannot be used, or that is
-    taken: a file is replaced only if `replace` is set, and never one of the sources.
+    An empty name is made up from the sources'. Raises ValueError, one sentence, for a name that cannot be used, or that
+    is taken: a file is replaced only if `replace` is set, and never one of the sources.
     """
     name = name.strip().removesuffix(".safetensors")
     if not name:

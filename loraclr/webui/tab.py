@@ -24,9 +24,10 @@ USUAL = Settings()
 HEADING = """<div class="loraclr-columns">
 <span>LoRA</span><span>Trigger words</span><span>Weight</span><span>Kind</span></div>"""
 EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
-WELCOME = """<div class="loraclr-note"><p>The result appears here: a LoRA file in your LoRA folder, and the prompt that uses it.</p>
-<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the one LoRA
-that does all of it, so load the checkpoint that you mean to use.</p></div>"""
+WELCOME = """<div class="loraclr-note">
+<p>The result appears here: a LoRA file in your LoRA folder, and the prompt that uses it.</p>
+<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the one
+LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"""
 
 
 def build() -> gr.Blocks:
@@ -43,12 +44,15 @@ def build() -> gr.Blocks:
                         max_lines=1,
                         scale=4,
                     )
-                    replace = gr.Checkbox(False, label="Replace an existing file", elem_id="loraclr_replace", scale=1, min_width=160)
+                    replace = gr.Checkbox(
+                        False, label="Replace an existing file", elem_id="loraclr_replace", scale=1, min_width=160
+                    )
                 speed = gr.Radio(
                     SPEEDS,
                     value="Fast",
                     label="Speed",
-                    info="Fast suits most merges. Balanced and Best come closer to each LoRA alone, in about 3 and 10 times the time.",
+                    info="Fast suits most merges. "
+                    "Balanced and Best come closer to each LoRA alone, in about 3 and 10 times the time.",
                     elem_id="loraclr_speed",
                 )
                 advanced = _advanced()
@@ -73,13 +77,15 @@ def build() -> gr.Blocks:
         task.do_not_save_to_config = True
 
         start.click(
-            fn=wrap_gradio_gpu_call(_merge, extra_outputs=[gr.update(), gr.update(), gr.update()]),
+            fn=wrap_gradio_gpu_call(_merge, extra_outputs=[gr.update(), gr.update(visible=False), gr.update()]),
             _js="loraclrMerge",
             inputs=[task, name, replace, speed, *advanced, concepts.chosen, *concepts.fields],
             outputs=[concepts.chosen, use, prompt, result],
             show_progress=False,
         )
-        stop.click(fn=job.interrupt, _js="loraclrInterrupt", inputs=[task], outputs=[], show_progress=False, queue=False)
+        stop.click(
+            fn=job.interrupt, _js="loraclrInterrupt", inputs=[task], outputs=[], show_progress=False, queue=False
+        )
         send.click(fn=None, _js="loraclrSend", inputs=[prompt], outputs=[])
     return tab
 
@@ -98,9 +104,7 @@ class _Concepts:
                 elem_id="loraclr_loras",
             )
             self.chosen.do_not_save_to_config = True
-            create_refresh_button(
-                self.chosen, library.refresh, lambda: {"choices": library.names()}, "loraclr_refresh"
-            )
+            create_refresh_button(self.chosen, library.refresh, lambda: {"choices": library.names()}, "loraclr_refresh")
         self.shown = gr.State([])
         self.heading = gr.HTML(EMPTY, elem_id="loraclr_heading")
         self.rows, self.names, self.triggers, self.weights, self.kinds = [], [], [], [], []
@@ -166,7 +170,7 @@ class _Concepts:
     def _arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
         """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote."""
         chosen = (chosen or [])[:MOST]
-        written = {name: values for name, *values in zip(shown, *_thirds(fields))}
+        written = {name: values for name, *values in zip(shown, *_thirds(fields), strict=False)}
         lines = [written.get(name) or _guess(name) for name in chosen]
         spare = MOST - len(chosen)
         return [
@@ -200,8 +204,7 @@ def _advanced() -> list[Any]:
     with gr.Accordion("Advanced", open=False, elem_id="loraclr_advanced"):
         closed = gr.Checkbox(
             USUAL.speed == "closed",
-            label="Closed form only",
-            info="The least-squares solution of every layer, without the polish that follows: quickest, concepts come out weaker.",
+            label="Closed form only: quickest, without the polish that brings the concepts to full strength",
             elem_id="loraclr_closed",
         )
         with FormRow():
@@ -243,7 +246,9 @@ def _advanced() -> list[Any]:
                 elem_id="loraclr_size",
             )
         with FormRow():
-            guidance = gr.Slider(1, 15, value=USUAL.guidance, step=0.5, label="CFG scale looked at", elem_id="loraclr_guidance")
+            guidance = gr.Slider(
+                1, 15, value=USUAL.guidance, step=0.5, label="CFG scale looked at", elem_id="loraclr_guidance"
+            )
             ridge = gr.Number(USUAL.ridge, label="Ridge λ of the closed form", elem_id="loraclr_ridge")
             seed = gr.Number(USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed")
     return [closed, rank, neutral, steps, size, guidance, ridge, seed]
@@ -283,7 +288,7 @@ def _merge(task: str, name: str, replace: bool, speed: str, *rest: Any) -> list[
             raise ValueError(f"{len(chosen)} LoRAs are chosen; the tab merges up to {MOST} at a time.")
         rows = [
             job.Row(lora, trigger, weight, kind.lower())
-            for lora, trigger, weight, kind in zip(chosen, *_thirds(fields))
+            for lora, trigger, weight, kind in zip(chosen, *_thirds(fields), strict=False)
         ]
         done = job.run(task, rows, name, replace, _settings(speed, *advanced))
     except Cancelled:
@@ -302,7 +307,8 @@ def _merge(task: str, name: str, replace: bool, speed: str, *rest: Any) -> list[
 
 
 def _failed(sentence: str) -> list[Any]:
-    return [gr.update(), gr.update(), gr.update(), f"<div class='error loraclr-error'>{escape(sentence)}</div>"]
+    """Nothing was written: say why, and show no prompt of an earlier merge."""
+    return [gr.update(), gr.update(visible=False), gr.update(), f"<div class='loraclr-error'>{escape(sentence)}</div>"]
 
 
 def _summary(done: job.Done) -> str:
@@ -315,10 +321,8 @@ def _summary(done: job.Done) -> str:
         f"<td>{max(0, 1 - done.merge.missed[concept.lora.name][1]):.0%}</td></tr>"
         for concept in done.merge.concepts
     )
-    return (
-        f"<div class='loraclr-note loraclr-done'><p><b>{escape(done.path.stem)}</b> is ready: {len(done.merge.concepts)} LoRAs "
-        f"in one, {rank}, {size:.1f} MB.</p>"
-        f"<p class='loraclr-path'>{escape(str(done.path))}</p>"
-        f"<table><tr><th>LoRA</th><th>Trigger words</th><th title='Share of the LoRA\u2019s effect on the model\u2019s "
-        f"predictions that the merged LoRA reproduces, measured on steps kept aside'>Effect kept</th></tr>{kept}</table></div>"
-    )
+    about = "How much of the LoRA's effect on the model's predictions the merged one has, on steps kept aside"
+    return f"""<div class="loraclr-note loraclr-done">
+<p><b>{escape(done.path.stem)}</b> is ready: {len(done.merge.concepts)} LoRAs in one, {rank}, {size:.1f} MB.</p>
+<p class="loraclr-path">{escape(str(done.path))}</p>
+<table><tr><th>LoRA</th><th>Trigger words</th><th title="{escape(about)}">Effect kept</th></tr>{kept}</table></div>"""
