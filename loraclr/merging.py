@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraclr import capture, files
+from loraclr import capture, files, prompts
 from loraclr.capture import Bank, Changes
 from loraclr.factor import truncate
 from loraclr.hosts import Host
@@ -21,26 +21,12 @@ from loraclr.lora import Layer, LoRA
 from loraclr.polish import held_out, polish
 from loraclr.solve import Statistics
 
-Kind = Literal["subject", "style"]
 Speed = Literal["closed", "fast", "balanced", "best"]
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
 
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 50, "balanced": 200, "best": 800}
-COLOURS = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "white", "gray")
-SUBJECT_PROMPTS = (
-    "a photo of a {}", "a {}", "a {} on a red background", "a {} on a white background", "a {} and a dog on a blue background",
-    "a {} on a green background", "a {} on a gray background", "a cat and a {} on a yellow background",
-)  # fmt: skip
-STYLE_PROMPTS = (
-    "a cat in {}", "a house on a white background in {}", "a photo of a car in {}", "a tree on a blue background in {}",
-    "a dog and a boat on a red background in {}", "an apple in {}", "a fish on a yellow background in {}", "a bird on a green background in {}",
-)  # fmt: skip
-NEUTRAL_PROMPTS = (
-    "a photo of a dog", "a cat on a red background", "a house on a blue background", "a car and a tree on a white background",
-    "a fish on a green background", "a bird and a boat on a yellow background", "a cake on a gray background", "an apple",
-)  # fmt: skip
 
 
 class Cancelled(Exception):
@@ -62,13 +48,8 @@ class Concept:
     trigger: str
     weight: float = 1.0
     text_weight: float | None = None
-    kind: Kind = "subject"
+    kind: prompts.Kind = "subject"
     prompts: tuple[str, ...] = ()
-
-    def sentences(self) -> list[str]:
-        """The prompts with the trigger in them."""
-        usual = STYLE_PROMPTS if self.kind == "style" else SUBJECT_PROMPTS
-        return [prompt.replace("{}", self.trigger) for prompt in self.prompts or usual]
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ class Settings:
     size: int | None = None
     tokens: int = 256
     batch: int = 4
-    neutral_prompts: tuple[str, ...] = NEUTRAL_PROMPTS
+    neutral_prompts: tuple[str, ...] = prompts.NEUTRAL
     seed: int = 0
 
 
@@ -111,9 +92,9 @@ class Merge:
     """
 
     family: Family
-    layers: dict[str, Layer]
     concepts: list[Concept]
     settings: Settings
+    layers: dict[str, Layer] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -132,35 +113,15 @@ class Merge:
             {
                 "file": concept.lora.path.name if concept.lora.path else concept.lora.name,
                 "hash": concept.lora.metadata.get("sshs_model_hash", ""),
-                **{key: value for key, value in asdict_shallow(concept).items() if key != "lora"},
+                "trigger": concept.trigger,
+                "weight": concept.weight,
+                "text_weight": concept.text_weight,
+                "kind": concept.kind,
+                "prompts": concept.prompts,
             }
             for concept in self.concepts
         ]
         return {"method": "loraclr", "concepts": concepts, "settings": asdict(self.settings), "missed": self.missed}
-
-
-def asdict_shallow(concept: Concept) -> dict:
-    """A concept's fields without copying its LoRA's tensors."""
-    return {name: getattr(concept, name) for name in concept.__dataclass_fields__}
-
-
-class _Clock:
-    """Turns work done into progress with time left, and times the stages."""
-
-    def __init__(self, progress: Progress, whole: float) -> None:
-        self.progress, self.whole, self.done = progress, whole, 0.0
-        self.start = self.since = time.monotonic()
-        self.seconds: dict[str, float] = {}
-
-    def tick(self, stage: str, work: float) -> None:
-        self.done = min(self.whole, self.done + work)
-        spent, share = time.monotonic() - self.start, self.done / self.whole
-        self.progress(stage, share, spent * (1 - share) / share if share > 0.02 else None)
-
-    def end(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = now - self.since
-        self.since = now
 
 
 def check(host: Host, concepts: Sequence[Concept]) -> None:
@@ -173,28 +134,25 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
         raise ValueError("No LoRA is chosen: choose at least one.")
     modules = host.layers()
     for concept in concepts:
-        lora = concept.lora
+        name, lora = concept.lora.name, concept.lora
         if not concept.trigger.strip():
-            raise ValueError(f"{lora.name} has no trigger words: write the words that call it into its row.")
+            raise ValueError(f"{name} has no trigger words: write the words that call it into its row.")
         if not math.isfinite(concept.weight) or concept.weight == 0:
-            raise ValueError(
-                f"{lora.name} has weight {concept.weight}: give it a number other than 0, or leave it out."
-            )
+            raise ValueError(f"{name} has weight {concept.weight}: give it a number other than 0, or leave it out.")
         if lora.family != host.family:
             raise ValueError(
-                f"{lora.name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
+                f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
             )
         missing = sorted(set(lora.layers) - set(modules))
         if missing:
-            raise ValueError(
-                f"{lora.name} has layers that the loaded model lacks, {missing[0]} among them: is it for another model?"
-            )
-        for name, layer in lora.layers.items():
-            weight = modules[name].weight
-            if (layer.up.shape[0], layer.down.shape[1]) != (weight.shape[0], weight[0].numel()):
+            raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
+        for layer_name, layer in lora.layers.items():
+            weight = modules[layer_name].weight
+            asked, there = (layer.up.shape[0], layer.down.shape[1]), (weight.shape[0], weight[0].numel())
+            if asked != there:
                 raise ValueError(
-                    f"{lora.name} does not fit the loaded model: its {name} is {layer.up.shape[0]}×{layer.down.shape[1]}, "
-                    f"the model's {weight.shape[0]}×{weight[0].numel()}. It was made for another model family."
+                    f"{name} does not fit the loaded model: its {layer_name} is {asked[0]}×{asked[1]}, "
+                    f"the model's {there[0]}×{there[1]}. It was made for another model family."
                 )
 
 
@@ -213,127 +171,160 @@ def merge(
     """
     settings = settings or Settings()
     check(host, concepts)
-    size = settings.size or host.size
-    asked = [capture.changes_of(c.lora, c.weight, c.text_weight) for c in concepts]
-    prompts = [*(c.sentences() for c in concepts), list(settings.neutral_prompts)]
-    touched = {name for changes in asked for name in changes}
-    batch = max(4, min(32, 8192 * 64 // size**2))
-    drawn = sum(2 * len(texts) for texts in prompts) * settings.steps
-    clock = _Clock(progress, drawn + 3 * batch * POLISH_STEPS[settings.speed] + 0.02 * drawn * len(prompts))
-    result = Merge(host.family, {}, list(concepts), settings, seconds=clock.seconds)
-
+    result = Merge(host.family, list(concepts), settings)
     with host.session():
-        modules = {name: module for name, module in host.layers().items() if name in touched}
-        solver = _Solver(host, modules, asked, settings)
-        merged: dict[str, tuple[Tensor, Tensor]] = {}
-
-        for place, texts in enumerate(prompts):
-            clock.tick("Looking at the text encoder", 0.01 * drawn)
-            with capture.applied(modules, solver.changes(place)):
-                solver.watch(place, capture.is_text, lambda texts=texts: host.encode([*texts, ""]))
-        merged.update(solver.solve())
-
-        for place, texts in enumerate(prompts):
-            clock.tick("Fitting words to pictures", 0.01 * drawn)
-            with capture.applied(modules, merged), torch.no_grad():
-                context = host.encode([*texts, ""]).float()
-            for name in filter(capture.is_cross_kv, modules):
-                solver.add(place, name, context)
-        merged.update(solver.solve())
-        clock.end("text")
-
-        banks = []
-        for place, texts in enumerate(prompts):
-            name = concepts[place].lora.name if place < len(concepts) else "what must not change"
-            bank = Bank([*texts, ""])
-            with capture.applied(modules, solver.changes(place)):
-                with torch.no_grad():
-                    contexts = host.encode(bank.prompts)
-                for begin in range(0, len(texts), settings.batch):
-                    part = texts[begin : begin + settings.batch]
-                    clock.tick(f"Looking at {name}", 0.0)
-
-                    def draw(part: list[str] = part, seed: int = settings.seed + begin) -> None:
-                        host.sample(part, seed, settings.steps, settings.guidance, size, size)
-
-                    record = capture.filing(bank, contexts)
-
-                    def tell(*call: Tensor, name: str = name, record=record) -> None:
-                        record(*call)
-                        clock.tick(f"Looking at {name}", call[0].shape[0])
-
-                    with host.watch(tell):
-                        solver.watch(
-                            place, lambda layer: not (capture.is_text(layer) or capture.is_cross_kv(layer)), draw
-                        )
-            banks.append(bank)
-        clock.end("capture")
-        clock.tick("Fitting the picture layers", 0.0)
-        merged.update(solver.solve())
-        clock.end("solve")
-
-        closed = held_out(host, modules, merged, banks, batch)
-        polished = closed
-        if POLISH_STEPS[settings.speed]:
-            shares = [1.0] * len(concepts) + [settings.neutral * len(concepts)]
-            merged = polish(
-                host, modules, merged, banks, shares, POLISH_STEPS[settings.speed], batch, settings.seed,
-                lambda step, loss: clock.tick("Polishing", 3 * batch),
-            )  # fmt: skip
-            polished = held_out(host, modules, merged, banks, batch)
-        clock.end("polish")
-
-        for name, (up, down) in merged.items():
-            up, down = truncate(up.cpu(), down.cpu(), settings.rank, solver.grams.get(name))
-            conv = isinstance(modules[name], nn.Conv2d)
-            kernel = tuple(modules[name].kernel_size) if conv else (1, 1)
-            result.layers[name] = Layer(up, down, float(up.shape[1]), conv, kernel)
-        clock.end("factor")
-    result.missed = {c.lora.name: (closed[place], polished[place]) for place, c in enumerate(concepts)}
+        run = _Run(host, concepts, settings, progress)
+        run.fit_text()
+        run.fit_cross_attention()
+        result.seconds["text"] = run.lap()
+        banks = [run.look(place) for place in range(len(run.texts))]
+        result.seconds["capture"] = run.lap()
+        run.solve("Fitting the picture layers")
+        result.seconds["solve"] = run.lap()
+        closed, polished = run.polish(banks)
+        result.seconds["polish"] = run.lap()
+        result.layers = run.layers()
+    result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
 
 
-class _Solver:
-    """Statistics of all layers that are being watched, and their closed form."""
+class _Run:
+    """One merge under way: the statistics gathered so far, the factors solved so far, and the progress.
 
-    def __init__(self, host: Host, modules: dict[str, nn.Module], asked: list[Changes], settings: Settings) -> None:
-        self.host, self.modules, self.asked, self.settings = host, modules, asked, settings
-        self.statistics: dict[str, Statistics] = {}
-        self.grams: dict[str, Tensor] = {}
+    Number `len(concepts)`, behind the last concept, stands for what must not change: the base on neutral prompts.
+    """
+
+    def __init__(self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress) -> None:
+        self.host, self.settings, self.progress = host, settings, progress
+        self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
+        self.asked: list[Changes] = [
+            *(capture.changes_of(concept.lora, concept.weight, concept.text_weight) for concept in concepts),
+            {},
+        ]
+        self.texts = [
+            *(prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts),
+            list(settings.neutral_prompts),
+        ]
+        touched = {name for changes in self.asked for name in changes}
+        self.modules = {name: module for name, module in host.layers().items() if name in touched}
+        self.size = settings.size or host.size
+        self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
         self.generator = torch.Generator().manual_seed(settings.seed)
+        self.statistics: dict[str, Statistics] = {}
+        self.merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.grams: dict[str, Tensor] = {}
 
-    def changes(self, place: int) -> Changes:
-        """What concept `place` asks for; the neutral one, behind the last, asks for nothing."""
-        return self.asked[place] if place < len(self.asked) else {}
+        # Work is counted in rows through the UNet; a step of polish also goes backwards, which counts twice.
+        drawn = 2 * sum(map(len, self.texts)) * settings.steps
+        self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
+        self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
+        self.started = self.lapped = time.monotonic()
 
+    def tick(self, stage: str, work: float = 0.0) -> None:
+        """Tell the progress; it may raise Cancelled."""
+        self.done = min(self.whole, self.done + work)
+        share, spent = self.done / self.whole, time.monotonic() - self.started
+        self.progress(stage, share, spent * (1 - share) / share if share > 0.02 else None)
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now, before = time.monotonic(), self.lapped
+        self.lapped = now
+        return now - before
+
+    def fit_text(self) -> None:
+        """Stage 1: each concept's own text encoder reads its prompts."""
+        for place, texts in enumerate(self.texts):
+            self.tick("Looking at the words", self.small)
+            with capture.applied(self.modules, self.asked[place]), self.watching(place, capture.is_text):
+                self.host.encode([*texts, ""])
+        self.solve("Fitting the text encoder")
+
+    def fit_cross_attention(self) -> None:
+        """Stage 2: keys and values of cross-attention see what the merged text encoder says."""
+        for place, texts in enumerate(self.texts):
+            self.tick("Fitting words to pictures", self.small)
+            with capture.applied(self.modules, self.merged), torch.no_grad():
+                context = self.host.encode([*texts, ""])
+            for name in filter(capture.is_cross_kv, self.modules):
+                self.add(place, name, context)
+        self.solve("Fitting words to pictures")
+
+    def look(self, place: int) -> Bank:
+        """Stage 3: draw with one concept's own LoRA, count what the picture layers see, keep what the UNet predicts."""
+        stage, texts = f"Looking at {self.names[place]}", self.texts[place]
+        bank = Bank([*texts, ""])
+
+        def picture_layer(name: str) -> bool:
+            return not (capture.is_text(name) or capture.is_cross_kv(name))
+
+        with capture.applied(self.modules, self.asked[place]), torch.no_grad():
+            record = capture.filing(bank, self.host.encode(bank.prompts))
+
+            def tell(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
+                record(x, t, context, prediction)
+                self.tick(stage, x.shape[0])
+
+            with self.host.watch(tell), self.watching(place, picture_layer):
+                for begin in range(0, len(texts), self.settings.batch):
+                    self.tick(stage)
+                    part, seed = texts[begin : begin + self.settings.batch], self.settings.seed + begin
+                    self.host.sample(part, seed, self.settings.steps, self.settings.guidance, self.size, self.size)
+        return bank
+
+    def watching(self, place: int, wanted: Callable[[str], bool]):
+        """A context in which the wanted layers' inputs are counted for concept `place`."""
+        layers = {name: module for name, module in self.modules.items() if wanted(name)}
+        return capture.observed(layers, lambda name, rows: self.add(place, name, rows))
+
+    @torch.no_grad()
     def add(self, place: int, name: str, rows: Tensor) -> None:
         """Count a layer's inputs (B, tokens, d) for concept `place`, `tokens` of each picture at most."""
         if rows.shape[1] > self.settings.tokens:
             chosen = torch.randperm(rows.shape[1], generator=self.generator)[: self.settings.tokens]
             rows = rows[:, chosen.to(rows.device)]
         if name not in self.statistics:
-            asked = [changes.get(name) for changes in self.asked]
-            self.statistics[name] = Statistics(rows.shape[-1], [*asked, None], device=self.host.device)
-        weight = 1.0 if place < len(self.asked) else self.settings.anchor * len(self.asked)
+            changes = [asked.get(name) for asked in self.asked]
+            self.statistics[name] = Statistics(rows.shape[-1], changes, device=self.host.device)
+        concepts = len(self.asked) - 1
+        weight = 1.0 if place < concepts else self.settings.anchor * concepts
         if weight:
             self.statistics[name].add(place, rows.float(), weight)
 
-    def watch(self, place: int, wanted: Callable[[str], bool], run: Callable[[], object]) -> None:
-        """Run the model and count what the wanted layers see."""
-        layers = {name: module for name, module in self.modules.items() if wanted(name)}
-        with torch.no_grad(), capture.observed(layers, lambda name, rows: self.add(place, name, rows)):
-            run()
-
-    def solve(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The closed form of every layer watched since the last time; their sums are dropped, their Grams kept if needed."""
-        solved = {}
+    def solve(self, stage: str) -> None:
+        """The closed form of every layer watched since the last time."""
+        self.tick(stage)
         for name, statistics in self.statistics.items():
-            solved[name] = tuple(value.float() for value in statistics.solve(self.settings.ridge))
+            up, down = statistics.solve(self.settings.ridge)
+            self.merged[name] = up.float(), down.float()
             if self.settings.rank is not None:
                 self.grams[name] = statistics.gram.cpu()
         self.statistics = {}
-        return solved
+
+    def polish(self, banks: list[Bank]) -> tuple[list[float], list[float]]:
+        """Stage 4: all factors together; returns what is missed before and after."""
+        steps, concepts = POLISH_STEPS[self.settings.speed], len(banks) - 1
+        before = held_out(self.host, self.modules, self.merged, banks, self.rows)
+        if not steps:
+            return before, before
+        shares = [1.0] * concepts + [self.settings.neutral * concepts]
+        self.merged = polish(
+            self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
+            lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+        )  # fmt: skip
+        return before, held_out(self.host, self.modules, self.merged, banks, self.rows)
+
+    def layers(self) -> dict[str, Layer]:
+        """The factors at the rank that was asked for."""
+        layers = {}
+        for name, (up, down) in self.merged.items():
+            module = self.modules[name]
+            up, down = truncate(up.cpu(), down.cpu(), self.settings.rank, self.grams.get(name))
+            conv = isinstance(module, nn.Conv2d)
+            kernel = tuple(module.kernel_size) if conv else (1, 1)
+            layers[name] = Layer(up, down, float(up.shape[1]), conv, kernel)
+        return layers
 
 
 def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:

@@ -1,9 +1,10 @@
 """Polish: the merged factors trained end to end, so that the model predicts with them what it predicts with each LoRA.
 
 The layerwise optimum treats layers one by one; errors add up on the way to the picture. Here the loss is the paper's
-positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's: E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖²
-over the concepts' own denoising runs, unconditional branch included, plus the same on neutral prompts with the base model
-as teacher. The teachers' predictions were made during capture, so no teacher is run again.
+positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
+E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
+the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
+teacher is run again.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,10 +93,7 @@ def fit(model: Denoiser, concepts: Sequence[Concept], run: Path, device: torch.d
         scenes, captions = [], []
         for concept in concepts:
             for _ in range(ROWS[side]):
-                prior = rng.random() < PRIOR
-                draw = (
-                    (lambda two: base_scene(rng, two)) if prior else (lambda two: concept_scene(rng, concept.name, two))
-                )
+                draw = partial(base_scene, rng) if rng.random() < PRIOR else partial(concept_scene, rng, concept.name)
                 scenes += stage_scenes(side, 1, draw)
                 captions.append(reword(rng, scenes[-1].caption()) if rng.random() > DROP else "")
         adapters.route = torch.arange(len(concepts), device=device).repeat_interleave(ROWS[side])

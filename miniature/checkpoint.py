@@ -81,7 +81,7 @@ def _byte_letters() -> list[str]:
 
 
 def ldm_yaml(tokenizer: str) -> dict:
-    """The configuration that the webui and diffusers read; `tokenizer` is the folder of CLIP's tokenizer and config."""
+    """The configuration that the webui and diffusers read; `tokenizer` is the folder of CLIP's tokenizer."""
     unet = {
         "image_size": 16, "in_channels": 4, "out_channels": 4, "model_channels": 32, "attention_resolutions": [4, 2, 1],
         "num_res_blocks": 2, "channel_mult": [1, 3, 4, 2], "num_heads": 4, "use_spatial_transformer": True,

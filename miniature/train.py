@@ -1,0 +1,50 @@
+"""`python -m miniature.train`: build the miniature's weights from nothing, part by part; stopped runs go on.
+
+The parts do not wait for each other more than they must: the judge and the VAE need only scenes, the UNet needs the
+latents by design (not the VAE), the LoRAs need the UNet. On CPUs with few cores, start several parts in processes of
+one thread each (OMP_NUM_THREADS=1): two processes that share cores with two threads each run many times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from miniature import JUDGE, LORAS, adapters, autoencoder, diffusion, judge
+from miniature.checkpoint import Miniature, device, save
+from miniature.vocabulary import CONCEPTS
+
+PARTS = ("judge", "vae", "base", "checkpoint", "loras")
+DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 300, 2700, 700, 1200
+GROUP = 6  # LoRAs trained side by side in one process
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m miniature.train", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []], help="what to train (all)")
+    parser.add_argument("--run", type=Path, default=Path("runs/miniature"), help="folder for states of training")
+    parser.add_argument("--group", type=int, choices=(0, 1), help="only this half of the LoRAs")
+    options = parser.parse_args(arguments)
+    parts, run, where = options.parts or list(PARTS), options.run, device()
+
+    if "judge" in parts:
+        judge.fit(run, JUDGE_STEPS).save(JUDGE)
+    if "vae" in parts:
+        autoencoder.fit(run, where, DECODER_STEPS, ENCODER_STEPS)
+    if "base" in parts:
+        diffusion.fit(run, where, BASE_STEPS)
+    if "checkpoint" in parts:
+        vae = autoencoder.fit(run, where, DECODER_STEPS, ENCODER_STEPS)
+        model = diffusion.fit(run, where, BASE_STEPS)
+        model.restore()
+        save(Miniature(model.unet, vae, model.text_encoder))
+    if "loras" in parts:
+        groups = (0, 1) if options.group is None else (options.group,)
+        for group in groups:
+            model = diffusion.fit(run, where, BASE_STEPS)
+            chosen = CONCEPTS[group * GROUP : (group + 1) * GROUP]
+            adapters.save(adapters.fit(model, chosen, run, where, LORA_STEPS), LORAS)
+
+
+if __name__ == "__main__":
+    main()

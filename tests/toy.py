@@ -1,0 +1,110 @@
+"""A host small enough for a test: the same few functions over a network of a few layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from loraclr.lora import Layer, LoRA
+
+WIDTH, TOKENS = 8, 5
+
+
+class ToyUNet(nn.Module):
+    """Cross-attention to the text and a feed-forward layer, over (B, 4, h, w)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.outward = nn.Conv2d(4, WIDTH, 1), nn.Conv2d(WIDTH, 4, 1)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.ff = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        hidden = self.inward(x * (1 + t.view(-1, 1, 1, 1) / 1000))
+        rows = hidden.flatten(2).mT
+        rows = rows + nn.functional.scaled_dot_product_attention(
+            self.to_q(rows), self.to_k(context), self.to_v(context)
+        )
+        rows = rows + self.ff(rows).tanh()
+        return self.outward(rows.mT.reshape(hidden.shape))
+
+
+class ToyHost:
+    """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings."""
+
+    family, size = "sd1", 64
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.device = torch.device("cpu")
+        self.unet, self.text = ToyUNet(), nn.Linear(WIDTH, WIDTH)
+        self.records: list = []
+        self.drawn = 0
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {
+            "lora_te_text_model_encoder_layers_0_mlp_fc1": self.text,
+            "lora_unet_attn2_to_q": self.unet.to_q,
+            "lora_unet_attn2_to_k": self.unet.to_k,
+            "lora_unet_attn2_to_v": self.unet.to_v,
+            "lora_unet_ff_net_2": self.unet.ff,
+            "lora_unet_proj_out": self.unet.outward,
+        }
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        tokens = []
+        for prompt in prompts:
+            words = [*prompt.split()[:TOKENS], *[""] * TOKENS][:TOKENS]
+            seeds = [sum((place + 1) * ord(letter) for place, letter in enumerate(word)) for word in words]
+            tokens.append(torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(s)) for s in seeds]))
+        return self.text(torch.stack(tokens))
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.unet(x, t, context)
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: list[str], seed: int, steps: int, guidance: float, width: int, height: int
+    ) -> list[Image.Image]:
+        self.drawn += len(prompts)
+        noise = [
+            torch.randn(4, height // 8, width // 8, generator=torch.Generator().manual_seed(seed + k))
+            for k in range(len(prompts))
+        ]
+        x = torch.stack(noise)
+        context = self.encode([*prompts, *[""] * len(prompts)])
+        for t in torch.linspace(999, 1, steps):
+            times = t.expand(2 * len(prompts))
+            both = self.predict(torch.cat([x, x]), times, context)
+            for record in self.records:
+                record(torch.cat([x, x]), times, context, both)
+            told, untold = both.chunk(2)
+            x = x - (untold + guidance * (told - untold)) / steps
+        return [Image.new("RGB", (width, height)) for _ in prompts]
+
+    @contextmanager
+    def watch(self, record) -> Iterator[None]:
+        self.records.append(record)
+        try:
+            yield
+        finally:
+            self.records.remove(record)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        yield
+
+
+def toy_lora(host: ToyHost, name: str, seed: int, rank: int = 2, size: float = 0.4) -> LoRA:
+    """A random LoRA on every layer of the toy."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer, module in host.layers().items():
+        o, d = module.weight.shape[:2]
+        up, down = torch.randn(o, rank, generator=generator), torch.randn(rank, d, generator=generator)
+        layers[layer] = Layer(up * size / rank**0.5, down / d**0.5, float(rank), module.weight.dim() == 4)
+    return LoRA(name, None, "sd1", layers, {})
