@@ -11,10 +11,11 @@ from loraclr.solve import float64_device
 def truncate(up: Tensor, down: Tensor, rank: int | None = None, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The best factors of at most the given rank, in the norm of what the layer puts out.
 
-    up: (o, R), down: (R, d), gram: (d, d) = XᵀX of the layer's inputs. Returns (o, r) and (r, d), r ≤ rank, of the dtype of
-    `up`, which minimise ‖(ΔW − ΔW')G^½‖_F; without gram, plain ‖ΔW − ΔW'‖_F (Eckart-Young). ΔW itself comes back, up to
-    rounding, when its rank is at most `rank`, or when `rank` is None. Singular values are split evenly between the factors.
-    The work is done in float64 and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors of zeros.
+    up: (o, R), down: (R, d), gram: (d, d) = XᵀX of the layer's inputs. Returns (o, r) and (r, d), r ≤ rank, of the
+    dtype of `up`, which minimise ‖(ΔW − ΔW')G^½‖_F; without gram, plain ‖ΔW − ΔW'‖_F (Eckart-Young). ΔW itself comes
+    back, up to rounding, when its rank is at most `rank`, or when `rank` is None. Singular values are split evenly
+    between the factors. The work is done in float64 and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors
+    of zeros.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")
@@ -41,9 +42,9 @@ def energy(up: Tensor, down: Tensor, gram: Tensor | None = None) -> float:
 
 
 def kept(up: Tensor, down: Tensor, new_up: Tensor, new_down: Tensor, gram: Tensor | None = None) -> float:
-    """The share of the output's energy that new factors keep: 1 − ‖(ΔW − ΔW')G^½‖² / ‖ΔW G^½‖²; 1 where ΔW does nothing.
+    """The share of the output's energy that new factors keep: 1 − ‖(ΔW − ΔW')G^½‖² / ‖ΔW G^½‖².
 
-    Below 0 if the new factors are worse than none.
+    Below 0 if the new factors are worse than none; 1 where ΔW does nothing.
     """
     whole = energy(up, down, gram)
     if whole <= 0.0:

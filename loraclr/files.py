@@ -64,9 +64,9 @@ def save(
 ) -> Path:
     """Write layers under kohya's names as a .safetensors file, all or nothing.
 
-    The hashes that the webui trusts are computed as kohya does, after the cast, and title and output name default to the
-    file's. The file appears complete under its name or not at all. Raises FileExistsError if it exists and `overwrite` is
-    not set; ValueError for values that are not finite in `dtype`.
+    The hashes that the webui trusts are computed as kohya does, after the cast, and title and output name default to
+    the file's. The file appears complete under its name or not at all. Raises FileExistsError if it exists and
+    `overwrite` is not set; ValueError for values that are not finite in `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

@@ -1,8 +1,9 @@
 """Layer names: every naming convention of LoRA files and models, mapped to one canonical name and back.
 
 The canonical name of a layer is kohya's own stem: diffusers module paths for SD1 and SD2
-(``lora_unet_down_blocks_0_attentions_0_...``), the original ("compvis") paths for SDXL (``lora_unet_input_blocks_4_1_...``).
-Everything is computed from the block layout: each level has two resnets going down and three going up.
+(``lora_unet_down_blocks_0_attentions_0_...``), the original ("compvis") paths for SDXL
+(``lora_unet_input_blocks_4_1_...``). Everything is computed from the block layout: each level has two resnets going
+down and three going up.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ _DIFFUSERS_MIDDLE = re.compile(r"mid_block[._]((?:resnets|attentions)[._]\d)[._]
 def diffusers_unet_name(compvis: str, family: Family = "sd1") -> str:
     """The diffusers path of a UNet layer given by its compvis path; dotted in, dotted out.
 
-    ``input_blocks.1.1.proj_in`` → ``down_blocks.0.attentions.0.proj_in``. Raises ValueError for a path that is no layer of
-    the family's layout.
+    ``input_blocks.1.1.proj_in`` → ``down_blocks.0.attentions.0.proj_in``. Raises ValueError for a path that is no layer
+    of the family's layout.
     """
     name = _to_diffusers(compvis, ".", family)
     if name is None:
@@ -85,8 +86,9 @@ def kohya_name(part: Part, path: str, family: Family = "sd1") -> str:
 def canonical(key: str, family: Family = "sd1") -> tuple[str, str] | None:
     """Split a key of a LoRA file into the canonical layer name and kohya's suffix; None if it is not understood.
 
-    The suffix is ``lora_up.weight``, ``lora_down.weight``, ``lora_mid.weight`` or ``alpha``. Understood are kohya's names
-    (also with the other family's block names), A1111's full names, and dotted names of diffusers, PEFT and ComfyUI.
+    The suffix is ``lora_up.weight``, ``lora_down.weight``, ``lora_mid.weight`` or ``alpha``. Understood are kohya's
+    names (also with the other family's block names), A1111's full names, and dotted names of diffusers, PEFT and
+    ComfyUI.
     """
     split = _split_suffix(key)
     if split is None:
@@ -103,8 +105,8 @@ def detect_family(shapes: Mapping[str, Sequence[int]]) -> Family:
     """The model family that a LoRA file is for, from its keys and their tensor shapes.
 
     The width of the cross-attention's input decides when it is a known one (768, 1024, 2048), else the block layout, so
-    that a model of the SD1 layout with another width is still "sd1". Raises ValueError naming the model for families that
-    are not UNets (Flux, SD3 and the like).
+    that a model of the SD1 layout with another width is still "sd1". Raises ValueError naming the model for families
+    that are not UNets (Flux, SD3 and the like).
     """
     for key in shapes:
         for pattern, model in _FOREIGN:

@@ -90,9 +90,9 @@ def trigger_from(metadata: Mapping[str, str]) -> str:
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str, path: Path | None = None) -> LoRA:
     """Read the tensors of a LoRA file.
 
-    Understood are Linear and convolution LoRAs under kohya's, diffusers', PEFT's and ComfyUI's key names. A layer without
-    alpha has scale 1. Raises LoRAFormatError, one sentence that names the file, for everything that is not such a LoRA;
-    keys that are not understood and hurt nobody are listed in `LoRA.unused`.
+    Understood are Linear and convolution LoRAs under kohya's, diffusers', PEFT's and ComfyUI's key names. A layer
+    without alpha has scale 1. Raises LoRAFormatError, one sentence that names the file, for everything that is not such
+    a LoRA; keys that are not understood and hurt nobody are listed in `LoRA.unused`.
     """
     title = path.name if path is not None else name
     _refuse_foreign(tensors, title)
@@ -111,7 +111,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str,
             continue
         if place in sources:
             raise LoRAFormatError(
-                f"{title} has the same layer twice, as {sources[place]} and {key}; save it again with one naming scheme."
+                f"{title} has one layer twice, as {sources[place]} and {key}; save it again with one naming scheme."
             )
         sources[place] = key
         stem, suffix = place
@@ -138,11 +138,13 @@ def _layer(stem: str, parts: Mapping[str, Tensor], title: str) -> Layer:
     for suffix, tensor in parts.items():
         if tensor.dtype not in _READABLE and suffix != "alpha":
             raise LoRAFormatError(
-                f"{title} cannot be read: {stem}.{suffix} is {str(tensor.dtype).removeprefix('torch.')}; save it as float16."
+                f"{title} cannot be read: {stem}.{suffix} is {str(tensor.dtype).removeprefix('torch.')};"
+                " save it as float16."
             )
         if not torch.isfinite(tensor.float()).all():
             raise LoRAFormatError(
-                f"{title} is damaged: {stem}.{suffix} holds NaN or infinite values; use another epoch or copy of this LoRA."
+                f"{title} is damaged: {stem}.{suffix} holds NaN or infinite values;"
+                " use another epoch or copy of this LoRA."
             )
     up, down, mid = (parts.get(f"lora_{side}.weight") for side in ("up", "down", "mid"))
     up, down = up.to(torch.float32, copy=True), down.to(torch.float32, copy=True)
@@ -157,19 +159,20 @@ def _layer(stem: str, parts: Mapping[str, Tensor], title: str) -> Layer:
     )
     if not fits or up.shape[1] != down.shape[0]:
         raise LoRAFormatError(
-            f"{title} is damaged: in {stem}, lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit together;"
-            " get the file again."
+            f"{title} is damaged: in {stem}, lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit"
+            " together; get the file again."
         )
     alpha = parts.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise LoRAFormatError(
-            f"{title} is damaged: {stem}.alpha has shape {tuple(alpha.shape)} instead of one number; get the file again."
+            f"{title} is damaged: {stem}.alpha has shape {tuple(alpha.shape)} instead of one number;"
+            " get the file again."
         )
     return Layer(up.flatten(1), down.flatten(1), float(up.shape[1] if alpha is None else alpha), conv, kernel)
 
 
 def _peft_alpha(key: str, rank: int, metadata: Mapping[str, str]) -> float:
-    """The alpha of a layer without one: from PEFT's configuration if diffusers has stored it in the metadata, else the rank."""
+    """The alpha of a layer that has none: PEFT's, if diffusers has stored it in the metadata, else the rank."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         part, _, module = re.sub(r"\.lora_B(\.\w+)?\.weight$", "", key).partition(".")
@@ -222,8 +225,8 @@ def _refuse_foreign(tensors: Mapping[str, Tensor], title: str) -> None:
         for pattern, kind in _FORMATS:
             if pattern.search(key):
                 raise LoRAFormatError(
-                    f"{title} is of the {kind} format ({key}), which cannot be merged yet; leave it out or convert it to a"
-                    " plain LoRA."
+                    f"{title} is of the {kind} format ({key}), which cannot be merged yet;"
+                    " leave it out or convert it to a plain LoRA."
                 )
     if any(keys.canonical(key) is not None for key in tensors):
         return

@@ -1,14 +1,16 @@
 """LoRACLR's objective (CVPR 2025, Eq. 1-5) as pure functions, and its positive term written with Gram sums.
 
-For one layer, concept i has targets Y_i (what the layer puts out with LoRA i) and predictions Ŷ_i (what the merged layer puts
-out for the same inputs), both (n_i, o). The paper says ‖Y − Ŷ‖ without saying of what; both readings are here:
+For one layer, concept i has targets Y_i (what the layer puts out with LoRA i) and predictions Ŷ_i (what the merged
+layer puts out for the same inputs), both (n_i, o). The paper says ‖Y − Ŷ‖ without saying of what; both readings are
+here:
 
-- "flat" is what the authors' code does: a concept's whole feature matrix is one vector, so there is one distance per concept.
+- "flat" is what the authors' code does: a concept's whole feature matrix is one vector, so there is one distance per
+  concept.
 - "token" takes every row as a vector of its own: one distance per row, and Eq. 1 is averaged over a concept's rows.
 
-So "flat" is "token" with a single long row, and that is how it is computed. The negative distance compares Y_i with Ŷ_j row by
-row and therefore needs the same number of rows for every concept, in both readings; the positive distance does not.
-All functions are differentiable, and work in the dtype of their inputs.
+So "flat" is "token" with a single long row, and that is how it is computed. The negative distance compares Y_i with Ŷ_j
+row by row and therefore needs the same number of rows for every concept, in both readings; the positive distance does
+not. All functions are differentiable, and work in the dtype of their inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Reading = Literal["flat", "token"]
 
 
 def positive_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor], reading: Reading) -> list[Tensor]:
-    """Eq. 2: d_p,i = ‖Y_i − Ŷ_i‖. Inputs: N tensors (n_i, o). Returns N tensors, (1,) for "flat" and (n_i,) for "token"."""
+    """Eq. 2: d_p,i = ‖Y_i − Ŷ_i‖. N tensors (n_i, o) on both sides → N tensors, "flat" (1,) or "token" (n_i,)."""
     _check(targets, predictions)
     pairs = zip(targets, predictions, strict=True)
     return [_distance(target, prediction, reading) for target, prediction in pairs]
@@ -72,14 +74,15 @@ def objective(
     penalty: float = 1e-3,
     reading: Reading = "flat",
 ) -> Tensor:
-    """Eq. 5 for one layer: contrastive loss plus delta penalty, with the paper's own m = 0.5 and λ = 0.001. A scalar."""
+    """Eq. 5 for one layer: contrastive loss plus delta penalty, with the paper's m = 0.5 and λ = 0.001. A scalar."""
     return contrastive(targets, predictions, margin, reading) + delta_penalty(delta, penalty)
 
 
 def positive_from_sums(delta: Tensor, deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
     """Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² = Σ_i tr((ΔW − ΔW_i) G_i (ΔW − ΔW_i)ᵀ), the positive term without any sample.
 
-    delta and deltas: (o, d); grams: G_i = X_iᵀX_i (d, d). This is Σ_i d_p,i² of "flat", since Y_i − Ŷ_i = X_i(ΔW_i − ΔW)ᵀ.
+    delta and deltas: (o, d); grams: G_i = X_iᵀX_i (d, d). This is Σ_i d_p,i² of "flat", since
+    Y_i − Ŷ_i = X_i(ΔW_i − ΔW)ᵀ.
     """
     terms = [((delta - own) @ gram * (delta - own)).sum() for own, gram in zip(deltas, grams, strict=True)]
     return torch.stack(terms).sum()

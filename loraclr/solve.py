@@ -1,7 +1,8 @@
 """Statistics of a layer's inputs, and the one change of weight that fits every concept on them.
 
 Per layer and concept i, with inputs X_i (rows) and change ΔW_i = B_i A_i, the merge minimises Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖²
-(the positive term of LoRACLR's Eq. 1). No row has to be kept for it: G = Σ_i X_iᵀX_i and the small A_i G_i say everything.
+(the positive term of LoRACLR's Eq. 1). No row has to be kept for it: G = Σ_i X_iᵀX_i and the small A_i G_i say
+everything.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ Change = tuple[Tensor, Tensor]
 class Statistics:
     """Running sums over the inputs of one layer.
 
-    changes: per concept the factors (B_i (o, r_i), A_i (r_i, d)) of the change it asks for, scale and strength folded in;
-    None asks for no change (the neutral anchor, or a concept that leaves this layer alone).
-    Memory: (d + Σr_i) · d numbers of `dtype`, however many rows are added: 105 MB in float32 and 210 MB in float64 for
-    d = 5120, the widest layer of SD 1.x and SDXL; `closed_form` needs two more d×d matrices of float64 while it runs.
+    changes: per concept the factors (B_i (o, r_i), A_i (r_i, d)) of the change it asks for, scale and strength folded
+    in; None asks for no change (the neutral anchor, or a concept that leaves this layer alone).
+
+    Memory: (d + Σr_i) · d numbers of `dtype`, however many rows are added: 105 MB in float32 and 210 MB in
+    float64 for d = 5120, the widest layer of SD 1.x and SDXL; `closed_form` needs two more d×d matrices of float64
+    while it runs.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Statistics:
         self.crosses = [None if down is None else torch.zeros_like(down) for down in self.downs]
 
     def add(self, concept: int, rows: Tensor, weight: float = 1.0) -> None:
-        """Add inputs (..., d) that the layer saw while concept number `concept` was active, each counted `weight` times."""
+        """Add inputs (..., d) that the layer saw while this concept was active, each counted `weight` times."""
         rows = rows.reshape(-1, self.gram.shape[0]).to(self.gram)
         self.gram.addmm_(rows.T, rows, alpha=weight)
         down = self.downs[concept]
@@ -80,8 +83,9 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     """cross (G + λI)⁻¹, with λ = ridge · the mean diagonal of G.
 
     gram: (d, d), symmetric; cross: (k, d). Returns (k, d) in cross' dtype. With cross = Σ ΔW_i G_i it is the minimum of
-    Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² + λ‖ΔW‖²; the rows A_i G_i give its right factor, the B_i being the left. Solved in float64 by
-    Cholesky. Where G + λI is not positive definite in float64, λ grows tenfold until it is. An empty or zero G gives zeros.
+    Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² + λ‖ΔW‖²; the rows A_i G_i give its right factor, the B_i being the left. Solved in float64
+    by Cholesky. Where G + λI is not positive definite in float64, λ grows tenfold until it is. An empty or zero G gives
+    zeros.
     """
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}, but must not be negative")
@@ -105,5 +109,5 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to compute in float64: the device itself, or the CPU for those that may not know it (Apple, Arc, DirectML)."""
+    """Where to compute in float64: the device, or the CPU for those that may lack it (Apple, Arc, DirectML)."""
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")

@@ -169,7 +169,7 @@ def test_a_lora_of_another_model_is_refused_with_the_models_that_work():
         ({f"{STEM}.lora_up.weight": torch.zeros(8, 4, dtype=torch.int8)}, "is int8; save it as float16"),
         ({f"{STEM}.alpha": torch.tensor(torch.inf)}, "holds NaN or infinite"),
         ({f"{STEM}.alpha": torch.zeros(2)}, "instead of one number"),
-        ({f"{STEM}.lora_A.weight": torch.zeros(4, 6)}, "has the same layer twice"),
+        ({f"{STEM}.lora_A.weight": torch.zeros(4, 6)}, "has one layer twice"),
     ],
 )
 def test_damaged_layers_are_named(change, message):
