@@ -1,0 +1,234 @@
+"""`python -m loraclr merge`: LoRA files and a checkpoint in, one LoRA file out."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraclr.cli import Refused, quiet
+from loraclr.cli.progress import Line, clock
+
+if TYPE_CHECKING:
+    from loraclr.hosts.standalone import Standalone
+    from loraclr.lora import LoRA
+    from loraclr.merging import Concept, Merge
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass
+class Entry:
+    """One --lora and the options that follow it; None stands for what was not said."""
+
+    path: Path
+    trigger: str | None = None
+    weight: float | None = None
+    text_weight: float | None = None
+    kind: str | None = None
+
+
+class _NewEntry(argparse.Action):
+    """--lora begins an entry."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.entries = [*(namespace.entries or []), Entry(values)]
+
+
+class _OfEntry(argparse.Action):
+    """--trigger, --weight and the like belong to the --lora before them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if not namespace.entries:
+            parser.error(f"{option_string} belongs to a LoRA: write it after its --lora.")
+        entry = namespace.entries[-1]
+        if getattr(entry, self.dest) is not None:
+            parser.error(f"{option_string} is given twice for {entry.path.name}; give it once after each --lora.")
+        setattr(entry, self.dest, values)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `merge`; those of a LoRA follow its --lora."""
+    parser.set_defaults(run=run, entries=None)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="Stable Diffusion 1.x model, .safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="the LoRA file to write, .safetensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+
+    each = parser.add_argument_group("for each LoRA", "--lora begins one; the options behind it are about that one")
+    each.add_argument("--lora", type=Path, action=_NewEntry, dest="entries", metavar="FILE", help="LoRA to merge")
+    of_entry = {"action": _OfEntry, "default": argparse.SUPPRESS}
+    each.add_argument(
+        "--trigger", metavar="WORDS", help="what calls it in a prompt (default: what its file says)", **of_entry
+    )
+    each.add_argument(
+        "--weight", type=float, metavar="W", help="its strength, as in <lora:name:W> (default: 1)", **of_entry
+    )
+    each.add_argument("--text-weight", type=float, metavar="W", help="another one for the text encoder", **of_entry)
+    each.add_argument("--kind", choices=["subject", "style"], help="what it is for (default: subject)", **of_entry)
+
+    how = parser.add_argument_group("how to merge")
+    how.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
+    how.add_argument("--rank", type=_positive, metavar="N", help="largest rank (default: exact, the sum of the ranks)")
+    how.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of the file (default: fp16)")
+    how.add_argument("--seed", type=int, default=0, help="default: 0")
+    how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+_positive.__name__ = "positive whole number"  # argparse: "invalid positive whole number value: '0'"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked, merge, write, and say what was written."""
+    from loraclr import merging
+
+    concepts, host = prepare(args)
+    settings = merging.Settings(speed=args.speed, rank=args.rank, seed=args.seed)
+    with Line() as line:
+        merge = merging.merge(host, concepts, settings, line)
+    write(merge, args)
+    print(summary(merge, args.output))
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Concept], Standalone]:
+    """Everything that a merge needs, checked, the cheapest first.
+
+    Raises:
+        Refused: one sentence for whatever is wrong.
+    """
+    from loraclr import merging
+    from loraclr.hosts.standalone import open_checkpoint
+
+    entries: list[Entry] = args.entries or []
+    if not entries:
+        raise Refused("No LoRA is chosen: give at least one --lora.")
+    check_output(args.output, [*(entry.path for entry in entries), args.checkpoint], args.overwrite)
+    device = check_device(args.device)
+    check_checkpoint(args.checkpoint)
+    with refusing():
+        concepts = [concept_of(entry) for entry in entries]
+        check_family([concept.lora for concept in concepts])
+        quiet()
+        host = open_checkpoint(args.checkpoint, device)
+        merging.check(host, concepts)
+    return concepts, host
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Inside, a ValueError's or OSError's message is a sentence for the user."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(" ".join(str(error).split())) from error
+
+
+def concept_of(entry: Entry) -> Concept:
+    """Load an entry's file; its trigger words come from the file if none are given."""
+    from loraclr import files, merging
+
+    lora = files.load(entry.path)
+    trigger = (entry.trigger if entry.trigger is not None else lora.triggers()).strip()
+    if not trigger:
+        raise ValueError(f'{entry.path.name} does not say which words call it: write --trigger "…" after its --lora.')
+    weight = 1.0 if entry.weight is None else entry.weight
+    if not math.isfinite(weight) or weight == 0:
+        raise ValueError(f"{entry.path.name} has weight {weight:g}: give it a number other than 0, or leave it out.")
+    if entry.text_weight is not None and not math.isfinite(entry.text_weight):
+        raise ValueError(f"{entry.path.name} has text weight {entry.text_weight:g}: give it a number.")
+    return merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject")
+
+
+def check_family(loras: list[LoRA]) -> None:
+    """Refuse LoRAs of different model families before the checkpoint is loaded."""
+    first = loras[0]
+    for lora in loras:
+        if lora.family != first.family:
+            raise ValueError(
+                f"{first.name} is for {first.family.upper()} and {lora.name} for {lora.family.upper()}: "
+                "only LoRAs of one model family can be merged."
+            )
+
+
+def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Refuse an output that could not be written, or that would replace what is read."""
+    if output.suffix != ".safetensors":
+        raise Refused(f"The output {output.name} must end in .safetensors.")
+    if not output.parent.is_dir():
+        raise Refused(f"The folder {output.parent} does not exist: create it, or choose another --output.")
+    if output.is_dir():
+        raise Refused(f"The output {output} is a folder: choose another name.")
+    if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
+        raise Refused(f"The output {output.name} is one of the files that are read: choose another name.")
+    if output.exists() and not overwrite:
+        raise Refused(f"{output} exists already: choose another --output, or add --overwrite to replace it.")
+    if not os.access(output.parent, os.W_OK):
+        raise Refused(f"The folder {output.parent} cannot be written to: choose another --output.")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Look at a checkpoint's names only, which takes no time, and refuse what is no Stable Diffusion 1.x model."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise Refused(f"The checkpoint {path} does not exist: give the path of a .safetensors file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"The checkpoint {path.name} is cut off or is not a .safetensors file.") from error
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise Refused(f"{path.name} is not a Stable Diffusion checkpoint: it holds no UNet.")
+    for prefix, family in (("conditioner.", "SDXL"), ("cond_stage_model.model.", "SD 2.x")):
+        if any(name.startswith(prefix) for name in names):
+            raise Refused(f"{path.name} is an {family} checkpoint: the command line merges for SD 1.x only.")
+
+
+def check_device(name: str | None) -> str | None:
+    """Refuse a device that this machine does not have."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Refused(f"The device {name} cannot be used here: leave --device out, or give --device cpu.") from error
+    return name
+
+
+def write(merge: Merge, args: argparse.Namespace) -> None:
+    """Write the file; Ctrl-C waits until both file and sidecar are there."""
+    import torch
+
+    from loraclr import merging
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with refusing():
+            merging.write(merge, args.output, getattr(torch, DTYPES[args.dtype]), args.overwrite)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def summary(merge: Merge, output: Path) -> str:
+    """What was written, how well each LoRA is kept, and the prompt to use."""
+    ranks = {layer.rank for layer in merge.layers.values()}
+    size = f"{output.stat().st_size / 1e6:.1f} MB"
+    many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
+    lines = [f"Wrote {output}: {many}, rank {max(ranks)}, {size}, in {clock(sum(merge.seconds.values()))}."]
+    for name, (_, missed) in merge.missed.items():
+        lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
+    return "\n".join([*lines, f"Prompt: {merge.prompt(output.stem)}"])

@@ -1,0 +1,328 @@
+"""The command line: what is wrong is said in one sentence, status 2, before any slow work, and nothing is written."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from loraclr import files, merging
+from loraclr.__main__ import main, parser
+from loraclr.cli import Refused
+from loraclr.cli import merge as command
+from loraclr.cli.progress import Line, clock, sentence
+from loraclr.lora import Layer
+
+TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lora(path: Path, width: int = 4, trigger: str = "", names: tuple[str, ...] = (TEXT, UNET)) -> Path:
+    """A small LoRA file."""
+    layers = {name: Layer(torch.ones(width, 2), torch.ones(2, width), 2.0) for name in names}
+    return files.save(path, layers, {"modelspec.trigger_phrase": trigger} if trigger else {})
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two LoRAs, one of them with a trigger of its own, and something that looks like a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    lora(tmp_path / "a.safetensors")
+    lora(tmp_path / "b.safetensors", trigger="zyk")
+    save_file(
+        {"model.diffusion_model.out.2.weight": torch.zeros(1), "cond_stage_model.transformer.x": torch.zeros(1)},
+        tmp_path / "model.safetensors",
+    )
+    return tmp_path
+
+
+class Tiny:
+    """A host of two small layers, which is enough to be checked against."""
+
+    family, device, size = "sd1", torch.device("cpu"), 64
+
+    def layers(self) -> dict[str, torch.nn.Module]:
+        return {TEXT: torch.nn.Linear(4, 4), UNET: torch.nn.Linear(4, 4)}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The standalone host replaced by `Tiny`; the checkpoints that were opened."""
+    opened: list[Path] = []
+    monkeypatch.setattr("loraclr.hosts.standalone.open_checkpoint", lambda path, _: opened.append(path) or Tiny())
+    return opened
+
+
+def fake_merge(host: Tiny, concepts: list, settings: merging.Settings, progress: merging.Progress) -> merging.Merge:
+    """A merge that takes no time: the first LoRA as it is."""
+    progress("Polishing", 0.5, 2.0)
+    return merging.Merge(
+        family="sd1",
+        layers=dict(concepts[0].lora.layers),
+        concepts=concepts,
+        settings=settings,
+        seconds={"solve": 61.0},
+        missed={concept.lora.name: (0.5, 0.25) for concept in concepts},
+    )
+
+
+OUT = ["--checkpoint", "model.safetensors", "--output", "out.safetensors"]
+A = ["--lora", "a.safetensors", "--trigger", "sks"]
+
+
+def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence on stderr of a merge that is refused, after checking that it is one and that nothing changed."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["merge", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("loraclr: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return err
+
+
+class TestRefusedBeforeAnythingIsLoaded:
+    """Everything here is found without opening the checkpoint."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_opened(self, host: list[Path]):
+        yield
+        assert host == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (OUT, "No LoRA is chosen"),
+            (["--trigger", "sks", *A, *OUT], "--trigger belongs to a LoRA: write it after its --lora"),
+            (["--weight", "1", *A, *OUT], "--weight belongs to a LoRA"),
+            ([*A, "--trigger", "again", *OUT], "--trigger is given twice for a.safetensors"),
+            (["--lora", "a.safetensors", *OUT], "a.safetensors does not say which words call it"),
+            (["--lora", "a.safetensors", "--trigger", " ", *OUT], "a.safetensors does not say which words call it"),
+            ([*A, "--weight", "0", *OUT], "a.safetensors has weight 0"),
+            ([*A, "--weight", "nan", *OUT], "a.safetensors has weight nan"),
+            ([*A, "--text-weight", "inf", *OUT], "a.safetensors has text weight inf"),
+            ([*A, "--weight", "much", *OUT], "invalid float value: 'much'"),
+            ([*A, "--kind", "thing", *OUT], "invalid choice: 'thing'"),
+            ([*A, "--rank", "0", *OUT], "invalid positive whole number value: '0'"),
+            ([*A, *OUT, "--device", "nonsense"], "The device nonsense cannot be used here"),
+            ([*A, *OUT[:2]], "the following arguments are required: --output"),
+            ([*A, *OUT[2:]], "the following arguments are required: --checkpoint"),
+            (["--lora", "gone.safetensors", "--trigger", "x", *OUT], "gone.safetensors does not exist"),
+            ([*A, *OUT[:2], "--output", "a.safetensors"], "a.safetensors is one of the files that are read"),
+            ([*A, *OUT[:2], "--output", "a.safetensors", "--overwrite"], "is one of the files that are read"),
+            ([*A, *OUT[:2], "--output", "model.safetensors", "--overwrite"], "is one of the files that are read"),
+            ([*A, *OUT[:2], "--output", "b.safetensors"], "b.safetensors exists already"),
+            ([*A, *OUT[:2], "--output", "no/where.safetensors"], "The folder no does not exist"),
+            ([*A, *OUT[:2], "--output", "out.ckpt"], "must end in .safetensors"),
+            ([*A, *OUT[2:], "--checkpoint", "gone.safetensors"], "The checkpoint gone.safetensors does not exist"),
+            ([*A, *OUT[2:], "--checkpoint", "b.safetensors"], "b.safetensors is not a Stable Diffusion checkpoint"),
+            ([*A, *OUT[:3]], "expected one argument"),
+        ],
+    )
+    def test_arguments(self, here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+        assert words in refused(arguments, here, capsys)
+
+    def test_truncated_lora(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (here / "cut.safetensors").write_bytes((here / "a.safetensors").read_bytes()[:-8])
+        assert "cut.safetensors is cut off" in refused(
+            ["--lora", "cut.safetensors", "--trigger", "x", *OUT], here, capsys
+        )
+
+    def test_foreign_lora(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (here / "text.safetensors").write_text("not a LoRA")
+        assert "text.safetensors" in refused(["--lora", "text.safetensors", "--trigger", "x", *OUT], here, capsys)
+
+    def test_checkpoint_as_lora(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        sentence = refused(["--lora", "model.safetensors", "--trigger", "x", *OUT], here, capsys)
+        assert "model.safetensors is a checkpoint, not a LoRA" in sentence
+
+    def test_truncated_checkpoint(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (here / "cut.safetensors").write_bytes((here / "model.safetensors").read_bytes()[:-4])
+        assert "The checkpoint cut.safetensors is cut off" in refused(
+            [*A, *OUT[2:], "--checkpoint", "cut.safetensors"], here, capsys
+        )
+
+    @pytest.mark.parametrize(("prefix", "family"), [("conditioner.", "SDXL"), ("cond_stage_model.model.", "SD 2.x")])
+    def test_checkpoint_of_another_family(self, here, capsys, prefix: str, family: str) -> None:
+        names = ("model.diffusion_model.out.2.weight", f"{prefix}x")
+        save_file({name: torch.zeros(1) for name in names}, here / "other.safetensors")
+        assert f"is an {family} checkpoint" in refused(
+            [*A, *OUT[2:], "--checkpoint", "other.safetensors"], here, capsys
+        )
+
+    def test_loras_of_two_families(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        lora(here / "xl.safetensors", names=("lora_te2_text_model_encoder_layers_0_self_attn_q_proj",))
+        sentence = refused([*A, "--lora", "xl.safetensors", "--trigger", "x", *OUT], here, capsys)
+        assert "a is for SD1 and xl for SDXL" in sentence
+
+    def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        assert "required: command" in capsys.readouterr().err
+
+
+class TestRefusedByTheModel:
+    """What only the loaded model shows, still before the merge begins."""
+
+    @pytest.fixture(autouse=True)
+    def _no_merge(self, host: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(merging, "merge", lambda *_: pytest.fail("the merge was begun"))
+
+    def test_lora_of_another_shape(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        lora(here / "wide.safetensors", width=6)
+        sentence = refused([*A, "--lora", "wide.safetensors", "--trigger", "x", *OUT], here, capsys)
+        assert "wide does not fit the loaded model" in sentence
+
+    def test_checkpoint_that_cannot_be_loaded(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(path: Path, device: str | None) -> None:
+            raise ValueError("model.safetensors cannot be loaded:\n  half of it\n  is missing")
+
+        monkeypatch.setattr("loraclr.hosts.standalone.open_checkpoint", broken)
+        assert "cannot be loaded: half of it is missing" in refused([*A, *OUT], here, capsys)
+
+    def test_missing_package(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(path: Path, device: str | None) -> None:
+            raise ImportError("The standalone host needs diffusers")
+
+        monkeypatch.setattr("loraclr.hosts.standalone.open_checkpoint", missing)
+        assert main(["merge", *A, *OUT]) == 1
+        assert capsys.readouterr().err == "loraclr: The standalone host needs diffusers\n"
+
+
+class TestMerge:
+    @pytest.fixture(autouse=True)
+    def _fast(self, host: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(merging, "merge", fake_merge)
+
+    def test_says_what_was_written_and_how_to_use_it(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["merge", *A, "--lora", "b.safetensors", *OUT]) == 0
+        out, err = capsys.readouterr()
+        assert "Wrote out.safetensors: 2 LoRAs, rank 2" in out
+        assert "in 1:01." in out
+        assert "a: 75 % of its effect kept" in out
+        assert out.endswith("Prompt: <lora:out:1> sks, zyk\n")
+        assert err == "Polishing: 50 %, 0:02 left\n"
+        assert files.load(here / "out.safetensors").triggers() == "sks, zyk"
+
+    def test_overwrite(self, here: Path) -> None:
+        old = lora(here / "out.safetensors", width=6).read_bytes()
+        assert main(["merge", *A, *OUT, "--overwrite"]) == 0
+        assert (here / "out.safetensors").read_bytes() != old
+
+    def test_dtype(self, here: Path) -> None:
+        assert main(["merge", *A, *OUT, "--dtype", "fp32"]) == 0
+        assert (here / "out.safetensors").stat().st_size > (here / "a.safetensors").stat().st_size
+
+    @pytest.mark.parametrize("stop", [merging.Cancelled, KeyboardInterrupt])
+    def test_cancelled(self, here, capsys, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]) -> None:
+        def cancelled(*_: object) -> None:
+            raise stop
+
+        monkeypatch.setattr(merging, "merge", cancelled)
+        before = sorted(here.iterdir())
+        assert main(["merge", *A, *OUT]) == 130
+        assert capsys.readouterr().err == "loraclr: Cancelled; nothing was written.\n"
+        assert sorted(here.iterdir()) == before
+
+    def test_output_that_appears_meanwhile_is_kept(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+        def slow(*arguments) -> merging.Merge:
+            lora(here / "out.safetensors", width=6)
+            return fake_merge(*arguments[:3], lambda *_: None)
+
+        monkeypatch.setattr(merging, "merge", slow)
+        assert main(["merge", *A, *OUT]) == 2
+        assert "exists already" in capsys.readouterr().err
+        assert files.load(here / "out.safetensors").layers[TEXT].up.shape == (6, 2)
+
+
+def test_options_belong_to_the_lora_before_them() -> None:
+    arguments = ["merge", "--checkpoint", "c", "--lora", "a", "--trigger", "x", "--kind", "style", "--lora", "b"]
+    arguments += ["--weight", "0.8", "--text-weight", "0.5", "--lora", "c", "--output", "o"]
+    first, second, third = parser().parse_args(arguments).entries
+    assert first == command.Entry(Path("a"), "x", None, None, "style")
+    assert second == command.Entry(Path("b"), None, 0.8, 0.5, None)
+    assert third == command.Entry(Path("c"))
+
+
+def test_concept_takes_what_the_file_says(here: Path) -> None:
+    concept = command.concept_of(command.Entry(here / "b.safetensors", weight=-0.5))
+    assert (concept.trigger, concept.weight, concept.text_weight, concept.kind) == ("zyk", -0.5, None, "subject")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--concepts", "0"], "--concepts 0 cannot be merged"),
+        (["--concepts", "2", "99"], "--concepts 99 cannot be merged"),
+        (["--pictures", "0"], "--pictures 0 draws nothing"),
+        (["--output", "taken"], "The folder taken cannot be made"),
+    ],
+)
+def test_demo_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: list[str], words: str
+) -> None:
+    pytest.importorskip("diffusers")
+    import miniature
+
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(miniature, "CHECKPOINT", tmp_path / "taken")
+    assert main(["demo", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress:
+    def test_terminal_rewrites_one_line(self) -> None:
+        stream = Terminal()
+        with Line(stream) as line:
+            line("Looking", 0.0, None)
+            line("Polishing", 0.5, 65.0)
+            line("Done", 1.0, 0.0)
+        assert stream.getvalue() == "\r\x1b[KLooking: 0 %\r\x1b[KPolishing: 50 %, 1:05 left\r\x1b[KDone: 100 %\n"
+
+    def test_terminal_ends_its_line_when_stopped(self) -> None:
+        def interrupted() -> None:
+            with Line(stream) as line:
+                line("Looking", 0.0, None)
+                raise KeyboardInterrupt
+
+        stream = Terminal()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert stream.getvalue().endswith("Looking: 0 %\n")
+
+    def test_elsewhere_plain_lines_for_stages_and_tenths(self) -> None:
+        stream = io.StringIO()
+        with Line(stream) as line:
+            for part in range(8):
+                line("Polishing", part / 16, None)
+            line("Done", 1.0, 0.0)
+        assert stream.getvalue().splitlines() == [
+            "Polishing: 0 %", "Polishing: 12 %", "Polishing: 25 %", "Polishing: 38 %", "Done: 100 %",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("seconds", "words"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03"), (-1, "0:00")]
+    )
+    def test_clock(self, seconds: float, words: str) -> None:
+        assert clock(seconds) == words
+
+    def test_sentence_without_an_estimate(self) -> None:
+        assert sentence("Looking", 0.123, None) == "Looking: 12 %"
+
+
+def test_output_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
+    with pytest.raises(Refused, match="cannot be written to"):
+        command.check_output(tmp_path / "out.safetensors", [], False)

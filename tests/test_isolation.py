@@ -1,0 +1,48 @@
+"""The core runs where there is no webui, and its import asks for neither diffusers nor the miniature."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BLOCKED = ("modules", "gradio", "fastapi", "diffusers", "transformers", "yaml", "miniature")
+PROGRAM = f"""
+import importlib.abc, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {BLOCKED!r}:
+            raise ImportError(f"{{name}} is blocked in this test")
+
+sys.meta_path.insert(0, Blocker())
+for name in sys.argv[1:]:
+    __import__(name)
+assert not set(sys.modules) & set({BLOCKED!r})
+"""
+
+
+def core_modules() -> list[str]:
+    """Every module of the package except those that belong to the webui."""
+    paths = [path.relative_to(ROOT) for path in (ROOT / "loraclr").rglob("*.py")]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    return sorted(name for name in names if "webui" not in name and not name.endswith("hosts.a1111"))
+
+
+def test_the_core_imports_without_a_webui_and_without_diffusers() -> None:
+    names = core_modules()
+    assert {"loraclr", "loraclr.merging", "loraclr.hosts.standalone", "loraclr.report", "loraclr.cli.demo"} <= set(
+        names
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_asks_for_nothing_either() -> None:
+    program = PROGRAM + "from loraclr.__main__ import main; main(['merge', '--help'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--lora FILE" in done.stdout
