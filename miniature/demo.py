@@ -99,9 +99,9 @@ def run(output: Path, plan: Plan, progress: merging.Progress, device: str | None
 
 
 LEAD = (
-    "A small Stable Diffusion 1.x, and LoRAs for things that it never saw. Each LoRA alone, all of them merged into one "
-    "file, and all of them stacked at weight 1, draw the same prompts from the same noise. A small classifier says what "
-    "is in the pictures."
+    "A small Stable Diffusion 1.x, and LoRAs for things that it never saw. Each LoRA alone, all of them merged into "
+    "one file, and all of them stacked at weight 1, draw the same prompts from the same noise. A small classifier says "
+    "what is in the pictures."
 )
 
 
