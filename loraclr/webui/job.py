@@ -10,7 +10,8 @@ from modules import progress, shared
 
 from loraclr import files
 from loraclr.hosts.a1111 import A1111, report
-from loraclr.merging import Cancelled, Concept, Kind, Merge, Settings, merge, write
+from loraclr.merging import Cancelled, Concept, Merge, Settings, merge, write
+from loraclr.prompts import Kind
 from loraclr.webui import library
 
 # Jobs that were interrupted while another one was running before them.
