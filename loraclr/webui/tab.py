@@ -292,7 +292,7 @@ def _merge(task: str, name: str, replace: bool, speed: str, *rest: Any) -> list[
         ]
         done = job.run(task, rows, name, replace, _settings(speed, *advanced))
     except Cancelled:
-        return _failed("The merge was interrupted; no file was written.")
+        return _failed("The merge was interrupted; no file was written.", "loraclr-note")
     except torch.cuda.OutOfMemoryError:
         errors.report("LoRACLR Merge ran out of memory", exc_info=True)
         return _failed("The graphics card ran out of memory; choose a smaller picture size under Advanced.")
@@ -306,9 +306,9 @@ def _merge(task: str, name: str, replace: bool, speed: str, *rest: Any) -> list[
     ]
 
 
-def _failed(sentence: str) -> list[Any]:
+def _failed(sentence: str, look: str = "loraclr-error") -> list[Any]:
     """Nothing was written: say why, and show no prompt of an earlier merge."""
-    return [gr.update(), gr.update(visible=False), gr.update(), f"<div class='loraclr-error'>{escape(sentence)}</div>"]
+    return [gr.update(), gr.update(visible=False), gr.update(), f"<div class='{look}'>{escape(sentence)}</div>"]
 
 
 def _summary(done: job.Done) -> str:
