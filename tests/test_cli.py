@@ -306,10 +306,11 @@ class TestProgress:
         stream = io.StringIO()
         with Line(stream) as line:
             for part in range(8):
-                line("Polishing", part / 16, None)
+                line(f"Polishing, step {part} of 8", part / 16, None)
             line("Done", 1.0, 0.0)
         assert stream.getvalue().splitlines() == [
-            "Polishing: 0 %", "Polishing: 12 %", "Polishing: 25 %", "Polishing: 38 %", "Done: 100 %",
+            "Polishing, step 0 of 8: 0 %", "Polishing, step 2 of 8: 12 %", "Polishing, step 4 of 8: 25 %",
+            "Polishing, step 6 of 8: 38 %", "Done: 100 %",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(

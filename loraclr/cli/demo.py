@@ -50,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
     with Line() as line:
         result = demo.run(args.output, plan, line, device)
     print(result.table)
-    print(f"Report: {result.report}")
+    print(f"Report: {result.report.resolve()}")
     return 0

@@ -28,11 +28,12 @@ class Line:
             self.stage, self.share, self.since = stage, share, time.monotonic()
 
     def _is_news(self, stage: str, share: float) -> bool:
-        if stage != self.stage or (share >= 1 and self.share < 1):
+        if share >= 1 > self.share:
             return True
         if self.terminal:
-            return time.monotonic() - self.since >= EVERY_SECONDS
-        return share - self.share >= EVERY_SHARE
+            return stage != self.stage or time.monotonic() - self.since >= EVERY_SECONDS
+        # Behind a comma a stage may count its steps: no line for each of these.
+        return stage.partition(",")[0] != self.stage.partition(",")[0] or share - self.share >= EVERY_SHARE
 
     def _show(self, text: str) -> None:
         if self.terminal:

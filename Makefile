@@ -1,0 +1,37 @@
+# make demo   merge the miniature's LoRAs, draw, judge, and write a report
+# make test   lint, then every test that needs no webui
+# Both set up .venv first; git, make, Python 3.10+ and pip are all they need.
+
+PYTHON ?= python3
+# Pinned, and installed alone and first: whatever is installed later finds a torch that fits and pulls no other build
+# (the newest one brings several GB of CUDA). For PyTorch's own CPU build:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+PLAYWRIGHT ?= playwright==1.65.2
+RUN = .venv/bin/python -m
+
+.PHONY: demo test test-webui clean
+
+demo: .venv/ready
+	$(RUN) loraclr demo
+
+test: .venv/ready
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pytest --ignore=tests/webui
+
+# Needs a stable-diffusion-webui checkout in WEBUI_DIR, the python it runs with in WEBUI_PYTHON, and Chromium.
+test-webui: .venv/ready
+	@test -n "$(WEBUI_DIR)" || { echo "Set WEBUI_DIR to a stable-diffusion-webui checkout (see CONTRIBUTING.md)."; exit 2; }
+	$(RUN) pip install --quiet $(PLAYWRIGHT)
+	$(RUN) pytest tests/webui
+
+.venv/ready: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN) pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
