@@ -22,7 +22,7 @@ from miniature.vocabulary import CONCEPTS, Concept
 
 STEPS, GUIDANCE, BATCH = 16, 4.0, 16
 COLOURS = ("orange", "teal", "purple", "pink")  # no prompt of the merge names these
-OBJECTS = ("cake", "bus", "rabbit", "mushroom", "star", "turtle", "balloon", "lemon")  # nor these: for styles
+OBJECTS = ("bus", "rabbit", "mushroom", "turtle", "balloon", "lemon", "pizza", "crown")  # nor these: for styles
 SHOWN = 2  # pictures of each concept in the report
 OWN, MERGED, SUM = "its own LoRA", "merged", "plain sum"
 METHODS = (OWN, MERGED, SUM)
