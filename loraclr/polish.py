@@ -21,6 +21,7 @@ from loraclr.hosts import Host
 
 RATE = 0.12  # learning rate of a factor relative to its own root mean square, for short runs
 LONG_RATE = 0.04  # the same for runs of 200 steps and more
+LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def polish(
     by_bank = [[row for row in training if row.bank == place] for place in range(len(banks))]
     weights = torch.tensor([share if rows else 0.0 for share, rows in zip(shares, by_bank, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    first = None
+    first, scale = None, LOSS_SCALE
     for step in range(steps):
         chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
         rows = [by_bank[b][int(torch.randint(len(by_bank[b]), (1,), generator=generator))] for b in chosen]
@@ -96,11 +97,14 @@ def polish(
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.enable_grad(), applied(modules, live):
             loss = error(host, banks, rows).mean()
-        gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+        gradients = torch.autograd.grad(loss * scale, factors, allow_unused=True)
         for value, gradient in zip(factors, gradients, strict=True):
-            value.grad = torch.zeros_like(value) if gradient is None else gradient
-        nn.utils.clip_grad_norm_(factors, 1.0)
-        optimizer.step()
+            value.grad = torch.zeros_like(value) if gradient is None else gradient / scale
+        norm = nn.utils.clip_grad_norm_(factors, 1.0)
+        if norm.isfinite():
+            optimizer.step()
+        else:  # half precision overflowed on the way back: skip the step, and ask for less from the next
+            scale = max(1.0, scale / 8)
         first = first or loss.item()
         tick(step + 1, loss.item() / max(first, 1e-20))
     return {name: (up.detach(), down.detach()) for name, (up, down) in live.items()}
