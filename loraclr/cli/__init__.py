@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import os
+import sys
 import warnings
 
 
@@ -14,4 +15,6 @@ def quiet() -> None:
     """Keep the libraries' own remarks off stderr: a sentence or a progress line is all that is written there."""
     warnings.filterwarnings("ignore")
     for name in ("diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")  # read when it is imported
+        if name in sys.modules:
+            sys.modules[name].utils.logging.set_verbosity_error()
