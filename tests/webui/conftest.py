@@ -1,0 +1,78 @@
+"""A real webui with this extension and the miniature in it, and a browser on it.
+
+    WEBUI_DIR=/path/to/stable-diffusion-webui WEBUI_PYTHON=/path/to/its/venv/bin/python python -m pytest tests/webui
+
+The checkout is only run: models, extension, settings and outputs are in a temporary data folder. It runs on the CPU, so
+that pixels are reproducible. The pictures that the tests look at are kept in WEBUI_SHOTS, if that is set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from webui_driver import Tab, Webui
+
+REPOSITORY = Path(__file__).parents[2]
+# Debian's Chromium would look for updates and accounts.
+CHROMIUM = [
+    *["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"],
+    *["--disable-component-update", "--disable-sync"],
+    # A page of the webui asks for fonts and scripts on the net; waiting for names that do not resolve takes long.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+
+
+@pytest.fixture(scope="session")
+def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
+    """A webui with the extension, the miniature and its LoRAs."""
+    if not os.environ.get("WEBUI_DIR"):
+        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
+    checkout = Path(os.environ["WEBUI_DIR"]).resolve()
+    from miniature import checkpoint
+
+    data = tmp_path_factory.mktemp("webui")
+    (data / "extensions").mkdir()
+    (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
+    checkpoint.install(data / "models" / "Stable-diffusion")
+    checkpoint.install_loras(data / "models" / "Lora")
+    running = Webui(checkout, os.environ.get("WEBUI_PYTHON", sys.executable), data)
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium: CHROMIUM, Debian's, or playwright's own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright, and have a Chromium")
+    path = os.environ.get("CHROMIUM") or ("/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else None)
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(webui: Webui, chromium: Any) -> Iterator[Tab]:
+    """The LoRACLR Merge tab in a fresh page."""
+    opened = Tab(webui, chromium)
+    yield opened
+    opened.page.close()
+    assert not opened.errors
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go."""
+    folder = os.environ.get("WEBUI_SHOTS")
+    if not folder:
+        return tmp_path_factory.mktemp("shots")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)

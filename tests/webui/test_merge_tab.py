@@ -1,0 +1,239 @@
+"""The tab in a real webui: merge with the miniature, use the result, interrupt, and be told what is wrong."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from webui_driver import Tab, Webui
+
+from miniature.vocabulary import CONCEPT
+
+PLAIN = ("a cat on a red background", 7)
+TIGER, PANDA = CONCEPT["tiger"], CONCEPT["panda"]
+
+
+def sheet(pictures: list[Image.Image], path: Path) -> None:
+    """Keep pictures for a person to look at, side by side."""
+    whole = Image.new("RGB", (sum(p.width + 4 for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width + 4
+    whole.save(path)
+
+
+def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
+    """Choose two, merge, and the file draws both; without it the model draws what it drew before."""
+    from miniature.judge import Judge
+
+    before = webui.draw(*PLAIN)
+    tab.choose(TIGER.name, PANDA.name)
+    assert tab.trigger(1).input_value() == TIGER.trigger, "prefilled from the LoRA's own metadata"
+    tab.trigger(2).fill(PANDA.trigger)
+    tab.name("zoo")
+    tab.start()
+    seen = set()
+    for _ in count():
+        bar = tab.page.locator("#loraclr_results .progressDiv")
+        if bar.count() and (text := bar.text_content()):
+            seen.add(text)
+        if len(seen) > 8 or not tab.page.locator("#loraclr_buttons.running").count():
+            break
+        tab.page.wait_for_timeout(300)
+    tab.page.screenshot(path=shots / "running.png")
+    assert any("%" in text and "Looking at" in text for text in seen), seen
+    assert tab.page.locator("#loraclr_interrupt").is_visible()
+
+    said = tab.finish()
+    tab.page.screenshot(path=shots / "done.png")
+    assert "zoo is ready" in said
+    assert tab.prompt == f"<lora:zoo:1> {TIGER.trigger}, {PANDA.trigger}"
+    listed = {lora["name"]: lora for lora in webui.ask("/sdapi/v1/loras")}
+    assert Path(listed["zoo"]["path"]) == webui.loras / "zoo.safetensors"
+    sidecar = json.loads((webui.loras / "zoo.json").read_text())
+    assert sidecar["activation text"] == f"{TIGER.trigger}, {PANDA.trigger}"
+
+    judge = Judge.load()
+    for concept in (TIGER, PANDA):
+        pictures = [webui.draw(f"<lora:zoo:1> a {concept.trigger} on a blue background", seed) for seed in range(6)]
+        sheet(pictures, shots / f"merged_{concept.name}.png")
+        hits = sum(verdict.shows(concept.name) for verdict in judge.verdicts(pictures))
+        assert hits >= 4, f"{concept.name} in {hits} of 6 pictures"
+    prompt = f"<lora:zoo:1> a {TIGER.trigger} and a {PANDA.trigger} on a white background"
+    sheet([webui.draw(prompt, seed) for seed in range(6)], shots / "merged_both.png")
+    after = webui.draw(*PLAIN)
+    assert after.tobytes() == before.tobytes()
+
+
+def test_send_to_txt2img(tab: Tab) -> None:
+    """The prompt goes where it is needed."""
+    tab.hurry()
+    tab.choose("frog", "robot")
+    tab.name("sent")
+    tab.merge()
+    prompt = tab.prompt
+    tab.page.locator("#loraclr_send").click()
+    field = tab.page.locator("#txt2img_prompt textarea")
+    field.wait_for(state="visible")
+    assert field.input_value() == prompt
+    assert prompt.startswith("<lora:sent:1> ")
+
+
+def test_interrupt(webui: Webui, tab: Tab) -> None:
+    """Interrupt ends the job soon, leaves no file and the model as it was."""
+    before, files = webui.draw(*PLAIN), webui.files()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("never")
+    tab.page.locator("#loraclr_speed").get_by_text("Best").click()
+    for wait in (1500, 8000):
+        tab.start()
+        tab.page.wait_for_timeout(wait)
+        tab.page.locator("#loraclr_interrupt").click()
+        assert "interrupted" in tab.finish(60)
+        assert webui.files() == files
+        assert webui.draw(*PLAIN).tobytes() == before.tobytes()
+
+
+def test_names_and_choices_that_cannot_be(webui: Webui, tab: Tab) -> None:
+    """Each mistake is answered with one sentence, and nothing is written."""
+    (webui.loras / "taken.safetensors").write_bytes((webui.loras / f"{TIGER.name}.safetensors").read_bytes())
+    files = webui.files()
+    assert "No LoRA is chosen" in tab.merge()
+    tab.choose(TIGER.name)
+    assert "two or more" in tab.merge()
+    tab.choose(PANDA.name)
+    for name, answer in {
+        "taken": "taken.safetensors exists already",
+        TIGER.name: "is one of the LoRAs to merge",
+        "../outside": "must not contain /",
+        "a:b": "must not contain :",
+        "NUL": "cannot be used as a file name",
+    }.items():
+        tab.name(name)
+        said = tab.merge()
+        assert answer in said
+        assert said.strip().count("\n") == 0, said
+    tab.name("")
+    tab.trigger(2).fill(" ")
+    assert f"{PANDA.name} has no trigger words" in tab.merge()
+    assert webui.files() == files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "answer"),
+    [
+        ("cut", lambda whole: whole[: len(whole) // 2], "cut off"),
+        ("text", lambda whole: b"<html>not found</html>", "web page"),
+        ("void", lambda whole: b"", "empty"),
+    ],
+)
+def test_bad_files(webui: Webui, tab: Tab, name: str, content: Any, answer: str) -> None:
+    """A file that is no LoRA is named in the answer."""
+    path = webui.loras / f"{name}.safetensors"
+    path.write_bytes(content((webui.loras / f"{TIGER.name}.safetensors").read_bytes()))
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.page.wait_for_timeout(1500)
+        tab.choose(TIGER.name, name)
+        tab.trigger(2).fill("abc")
+        files = webui.files()
+        said = tab.merge()
+        assert path.name in said
+        assert answer in said
+        assert webui.files() == files
+    finally:
+        path.unlink()
+        webui.ask("/sdapi/v1/refresh-loras", {})
+
+
+def test_replacing_a_lora_in_use(webui: Webui, tab: Tab) -> None:
+    """A merge that replaces a file that the webui has applied is what the next picture shows."""
+    frog = CONCEPT["frog"]
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("again", replace=True)
+    assert "again is ready" in tab.merge()
+    prompt = f"<lora:again:1> a {frog.trigger} on a blue background"
+    old = webui.draw(prompt)
+    tab.choose(frog.name)
+    assert "3 LoRAs in one" in tab.merge()
+    new = webui.draw(prompt)
+    assert new.tobytes() != old.tobytes()
+    (webui.loras / "fresh.safetensors").write_bytes((webui.loras / "again.safetensors").read_bytes())
+    webui.ask("/sdapi/v1/refresh-loras", {})
+    assert webui.draw(prompt.replace("again", "fresh")).tobytes() == new.tobytes()
+
+
+def test_a_lora_left_applied_does_not_leak_into_the_merge(webui: Webui, tab: Tab) -> None:
+    """The webui leaves a picture's LoRA in the weights; the merge must not see it."""
+    from safetensors.torch import load_file
+
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    webui.draw("a cat")
+    tab.name("clean")
+    tab.merge()
+    webui.draw("<lora:rocket:1> a cat")
+    tab.name("after rocket")
+    tab.merge()
+    clean, after = (load_file(webui.loras / f"{name}.safetensors") for name in ("clean", "after rocket"))
+    assert clean.keys() == after.keys()
+    assert all((clean[key] == after[key]).all() for key in clean)
+
+
+def test_rows_keep_what_was_written(tab: Tab) -> None:
+    """Taking a LoRA out moves the others' rows up, with their words and weights."""
+    tab.choose(TIGER.name, PANDA.name, "rocket")
+    tab.trigger(2).fill("my panda")
+    tab.page.locator("#loraclr_weight_2 input").fill("0.8")
+    tab.page.locator("#loraclr_loras .token-remove").first.click()
+    tab.page.locator("#loraclr_concept_3").wait_for(state="hidden")
+    tab.page.wait_for_timeout(500)
+    assert tab.page.locator("#loraclr_concept_1 .loraclr-name span").last.inner_text() == PANDA.name
+    assert tab.trigger(1).input_value() == "my panda"
+    assert tab.page.locator("#loraclr_weight_1 input").input_value() == "0.8"
+    assert tab.trigger(2).input_value() == CONCEPT["rocket"].trigger
+
+
+def test_reload_ui(webui: Webui, tab: Tab) -> None:
+    """The tab works after "Reload UI", which runs our script again in the same process."""
+    tab.page.locator("#footer").get_by_text("Reload UI").click()
+    tab.page.wait_for_timeout(3000)
+    webui.wait(60)
+    tab.page.goto(webui.address)
+    tab.open()
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("reloaded")
+    assert "reloaded is ready" in tab.merge()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_screenshots(webui: Webui, chromium: Any, shots: Path, theme: str, width: int) -> None:
+    """Nothing sticks out sideways; the pictures are for a person."""
+    tab = Tab(webui, chromium, theme, width)
+    tab.choose(TIGER.name, PANDA.name, "outline")
+    tab.page.wait_for_timeout(700)
+    tab.page.screenshot(path=shots / f"tab_{width}_{theme}.png")
+    tab.page.locator("#loraclr_advanced > .label-wrap").click()
+    tab.page.wait_for_timeout(300)
+    tab.page.screenshot(path=shots / f"tab_{width}_{theme}_advanced.png", full_page=True)
+    assert tab.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    tab.page.close()
+
+
+def test_ids_and_labels_are_unique(webui: Webui, tab: Tab) -> None:
+    """The webui keys saved defaults by label, and its scripts find things by id."""
+    config = webui.ask("/config")
+    ids = [component["props"].get("elem_id") for component in config["components"]]
+    ours = [name for name in ids if name and name.startswith("loraclr_")]
+    assert ours
+    assert len(ours) == len(set(ours))
+    saved = json.loads((webui.data / "ui-config.json").read_text())
+    assert "loraclr/Name of the merged LoRA/value" in saved
