@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 # Pinned, and installed alone and first: whatever is installed later finds a torch that fits and pulls no other build
-# (the newest one brings several GB of CUDA). For PyTorch's own CPU build:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# (the newest one brings several GB of CUDA). Where the package index has no CPU build of it, name PyTorch's CPU index:
+#   make demo TORCH="torch==2.13.0 --index-url …"   (the address is on pytorch.org under Get Started, Linux, Pip, CPU)
 TORCH ?= torch==2.13.0
 PLAYWRIGHT ?= playwright==1.65.2
 RUN = .venv/bin/python -m

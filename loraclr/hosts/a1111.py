@@ -148,14 +148,25 @@ class A1111:
             for parameter in part.parameters()
             if parameter.requires_grad
         ]
+        # ldm's own checkpointing hands gradients to inputs and parameters only: factors in hooks would get none.
+        checkpointed = [
+            (module, name)
+            for module in self._model.model.modules()
+            for name in ("checkpoint", "use_checkpoint")
+            if getattr(module, name, None) is True
+        ]
         self._unload_networks()
         shared.loaded_hypernetworks.clear()
         shared.cmd_opts.no_prompt_history = True  # "read the last generation" is to find the user's own
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)
+            for module, name in checkpointed:
+                setattr(module, name, False)
             yield
         finally:
+            for module, name in checkpointed:
+                setattr(module, name, True)
             for parameter in trained:
                 parameter.requires_grad_(True)
             shared.cmd_opts.no_prompt_history = history

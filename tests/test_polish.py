@@ -1,0 +1,97 @@
+"""Polish: what it starts from, what it learns from, and that half precision does not stop it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from toy import ToyHost, toy_lora
+
+from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.polish import balanced, held_out, polish, split
+
+
+def bank_of(host: ToyHost, changes, prompts: list[str]) -> Bank:
+    bank = Bank([*prompts, ""])
+    with applied(host.layers(), changes), torch.no_grad():
+        contexts = host.encode(bank.prompts)
+        with host.watch(filing(bank, contexts)):
+            host.sample(prompts, 0, 6, 3.0, 64, 64)
+    return bank
+
+
+class HalfHost(ToyHost):
+    """The toy with its UNet in half precision, its weights and so its gradients very small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet.half()
+        self.unet.outward.weight.data *= 1e-2
+        self.unet.outward.bias.data.zero_()
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {"lora_unet_ff_net_2": self.unet.ff}
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.unet(x.half(), t.half(), context.half()).float()
+
+
+def test_balanced_factors_have_the_same_product_and_one_size() -> None:
+    torch.manual_seed(0)
+    changes = {"a": (1e2 * torch.randn(4, 2), 1e-2 * torch.randn(2, 5)), "b": (torch.zeros(4, 2), torch.randn(2, 5))}
+    result = balanced(changes)
+    torch.testing.assert_close(result["a"][0] @ result["a"][1], changes["a"][0] @ changes["a"][1])
+    torch.testing.assert_close(result["a"][0].square().mean(), result["a"][1].square().mean())
+    assert all(value.isfinite().all() for value in result["b"])
+
+
+def test_every_eighth_entry_is_kept_out() -> None:
+    bank = Bank(["a"])
+    for _ in range(20):
+        bank.x.append(torch.zeros(4, 1, 1))
+    training, kept = split([bank, bank])
+    assert [(row.bank, row.entry) for row in kept] == [(b, e) for b in (0, 1) for e in (0, 8, 16)]
+    assert len(training) + len(kept) == 40 and not set(training) & set(kept)
+
+
+def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
+    host = ToyHost()
+    changes = changes_of(toy_lora(host, "a", 1))
+    banks = [bank_of(host, changes, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
+    assert held_out(host, host.layers(), changes, banks, 5)[0] < 1e-9
+    assert abs(held_out(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
+    assert held_out(host, host.layers(), {}, banks, 5)[1] < 1e-12
+
+
+def run(host: ToyHost, steps: int = 30):
+    teacher, start = changes_of(toy_lora(host, "a", 1)), changes_of(toy_lora(host, "b", 2, size=0.1))
+    banks = [bank_of(host, teacher, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
+    told = []
+    result = polish(host, host.layers(), start, banks, [1.0, 0.3], steps, 8, 0, lambda *tick: told.append(tick))
+    return start, result, banks, told
+
+
+def test_it_learns_the_teacher_and_tells_every_step() -> None:
+    host = ToyHost()
+    start, result, banks, told = run(host, 100)
+    before, after = (held_out(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
+    assert after < 0.5 * before
+    assert [step for step, _ in told] == list(range(1, 101))
+    assert all(up.shape == start[name][0].shape and not up.requires_grad for name, (up, _) in result.items())
+
+
+def test_half_precision_learns_too() -> None:
+    host = HalfHost()
+    start, result, banks, _ = run(host, 60)
+    before, after = (held_out(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
+    assert after < 0.9 * before
+
+
+def test_steps_that_overflow_change_nothing() -> None:
+    class Broken(ToyHost):
+        def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            return super().predict(x, t, context) * (torch.inf if torch.is_grad_enabled() else 1.0)
+
+    start, result, _, _ = run(Broken(), 3)
+    for name, pair in balanced(start).items():
+        for before, after in zip(pair, result[name], strict=True):
+            torch.testing.assert_close(after, before)
