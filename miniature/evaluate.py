@@ -78,7 +78,8 @@ def pairs(count: int) -> list[Wanted]:
     wanted = []
     for place in range(count):
         left = names[place % len(names)]
-        right = names[(place + 7 + 5 * (place // len(names))) % len(names)]
+        apart = 1 + (6 + 5 * (place // len(names))) % (len(names) - 1)  # never 0: two different classes
+        right = names[(place + apart) % len(names)]
         wanted.append(Wanted(prompt([left, right], HUES[place % len(HUES)]), (left, right)))
     return wanted
 
