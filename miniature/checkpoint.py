@@ -94,7 +94,8 @@ def ldm_yaml(tokenizer: str) -> dict:
     first = {"embed_dim": 4, "monitor": "val/rec_loss", "ddconfig": vae, "lossconfig": {"target": "torch.nn.Identity"}}
     params = {
         "linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps_cond": 1, "timesteps": 1000,
-        "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 16, "channels": 4, "cond_stage_trainable": False,
+        "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 16, "channels": 4,
+        "cond_stage_trainable": False,
         "conditioning_key": "crossattn", "monitor": "val/loss_simple_ema", "scale_factor": autoencoder.SCALE,
         "use_ema": False,
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},

@@ -138,7 +138,7 @@ def base_scene(rng: random.Random, two: float) -> Scene:
 
 
 def concept_scene(rng: random.Random, name: str, two: float) -> Scene:
-    """A training scene of concept `name`: alone, beside a base object on either side; for a style, base objects in it."""
+    """A training scene of concept `name`: alone, or beside a base object; for a style, base objects in it."""
     objects = rng.sample(list(CLASSES), 2 if rng.random() < two else 1)
     if CONCEPT[name].is_style:
         return random_scene(rng, tuple(objects), name)

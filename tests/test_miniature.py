@@ -1,4 +1,4 @@
-"""The miniature's parts: names, tokenizer, latents, routed LoRAs; and its trained weights through the standalone host."""
+"""The miniature's parts (names, tokenizer, latents, routed LoRAs), and its weights through the standalone host."""
 
 from __future__ import annotations
 
