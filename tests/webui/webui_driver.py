@@ -60,15 +60,19 @@ class Webui:
         """Its LoRA folder."""
         return self.data / "models" / "Lora"
 
-    def wait(self, seconds: float = 300) -> None:
-        """Until it answers."""
+    def wait(self, seconds: float = 300, starts: int = 1) -> None:
+        """Until it answers, after having started this often."""
         deadline = time.monotonic() + seconds
-        while not self._answers():
+        while self.starts() < starts or not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the webui did not start:\n{self.tail()}")
             time.sleep(1)
         if "Error loading script: loraclr_merge.py" in self.log.read_text(errors="replace"):
             raise RuntimeError(f"the webui could not load the extension:\n{self.tail()}")
+
+    def starts(self) -> int:
+        """How often its page was built: once, and again with every "Reload UI"."""
+        return self.log.read_text(errors="replace").count("Startup time:")
 
     def tail(self) -> str:
         """The end of its log."""
