@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miniature import autoencoder
-from miniature.checkpoint import TOKENS, build_text_encoder, build_unet, tokenizer
+from miniature.checkpoint import TOKENS, build_text_encoder, build_unet, load, tokenizer
 from miniature.scenes import Scene, base_scene, crop
 from miniature.training import train
 from miniature.vocabulary import CLASSES, COLOURS, CONCEPTS
@@ -127,6 +127,12 @@ def side_of(rng: random.Random, done: float, stages: tuple[tuple[float, str, int
         end += share
     place = rng.randrange(reached + 1) if rng.random() < 0.2 else reached
     return stages[place][1], stages[place][2]
+
+
+def shipped(run: Path) -> Denoiser:
+    """UNet and text encoder of the checkpoint that is there, to train LoRAs on; `run` is for the tokenizer's files."""
+    model = load()
+    return Denoiser(model.unet, model.text_encoder, Words(tokenizer(run / "clip"))).eval()
 
 
 def fit(run: Path, device: torch.device, steps: int) -> Denoiser:

@@ -3,6 +3,8 @@
 The parts do not wait for each other more than they must: the judge and the VAE need only scenes, the UNet needs the
 latents by design (not the VAE), the LoRAs need the UNet. On CPUs with few cores, start several parts in processes of
 one thread each (OMP_NUM_THREADS=1): two processes that share cores with two threads each run many times slower.
+The weights in git were trained with the numbers of steps below, in several sittings; the totals, and with them the
+rates' cosine, were lengthened or shortened on the way.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from miniature.checkpoint import Miniature, device, save
 from miniature.vocabulary import CONCEPTS
 
 PARTS = ("judge", "vae", "base", "checkpoint", "loras")
-DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 2500, 1200, 1200
+DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 2500, 1700, 1200
 GROUP = 6  # LoRAs trained side by side in one process
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m miniature.train", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []], help="what to train (all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all, in this order)")
     parser.add_argument("--run", type=Path, default=Path("runs/miniature"), help="folder for states of training")
     parser.add_argument("--group", type=int, choices=(0, 1), help="only this half of the LoRAs")
     options = parser.parse_args(arguments)
     parts, run, where = options.parts or list(PARTS), options.run, device()
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        parser.error(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}")
 
     if "judge" in parts:
         judge.fit(run, JUDGE_STEPS).save(JUDGE)
@@ -41,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "loras" in parts:
         groups = (0, 1) if options.group is None else (options.group,)
         for group in groups:
-            model = diffusion.fit(run, where, BASE_STEPS)
+            model = diffusion.shipped(run).to(where)
             chosen = CONCEPTS[group * GROUP : (group + 1) * GROUP]
             adapters.save(adapters.fit(model, chosen, run, where, LORA_STEPS), LORAS)
 
