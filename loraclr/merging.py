@@ -70,7 +70,7 @@ class Settings:
     speed: Speed = "fast"
     rank: int | None = None
     neutral: float = 0.3
-    anchor: float = 0.1
+    anchor: float = 0.0
     ridge: float = 1e-3
     steps: int = 10
     guidance: float = 5.0

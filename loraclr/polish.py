@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from loraclr.capture import Bank, Changes, applied
 from loraclr.hosts import Host
 
-RATE = 0.12  # learning rate of a factor relative to its own root mean square, for short runs
-LONG_RATE = 0.04  # the same for runs of 200 steps and more
+RATE = 0.03  # learning rate of a factor relative to its own root mean square, for short runs
+LONG_RATE = 0.02  # the same for runs of 200 steps and more
 LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
