@@ -1,22 +1,28 @@
 // The LoRACLR Merge tab: the webui's own progress bar, the Interrupt button, and sending the prompt to txt2img.
 
-let loraclrTask = "";
-
 function loraclrShowRunning(running) {
-    const buttons = gradioApp().getElementById("loraclr_buttons");
     const stop = gradioApp().getElementById("loraclr_interrupt");
-    buttons.classList.toggle("running", running);
     stop.disabled = false;
     stop.textContent = "Interrupt";
+    gradioApp().getElementById("loraclr_buttons").classList.toggle("running", running);
+}
+
+// Follows a job, also one that was started before the page was reloaded.
+function loraclrFollow(task, patience) {
+    loraclrShowRunning(true);
+    const end = function() {
+        loraclrShowRunning(false);
+        localRemove("loraclr_task_id");
+    };
+    requestProgress(task, gradioApp().getElementById("loraclr_result_panel"), null, end, null, patience);
 }
 
 function loraclrMerge() {
-    loraclrTask = randomId();
-    loraclrShowRunning(true);
-    const panel = gradioApp().getElementById("loraclr_result_panel");
-    requestProgress(loraclrTask, panel, null, () => loraclrShowRunning(false));
+    const task = randomId();
+    localSet("loraclr_task_id", task);
+    loraclrFollow(task);
     const values = Array.from(arguments);
-    values[0] = loraclrTask;
+    values[0] = task;
     return values;
 }
 
@@ -24,7 +30,7 @@ function loraclrInterrupt() {
     const stop = gradioApp().getElementById("loraclr_interrupt");
     stop.disabled = true;
     stop.textContent = "Interrupting…";
-    return [loraclrTask];
+    return [localGet("loraclr_task_id")];
 }
 
 function loraclrSend(prompt) {
@@ -34,3 +40,8 @@ function loraclrSend(prompt) {
     switch_to_txt2img();
     return [];
 }
+
+onOptionsAvailable(function() {
+    const task = localGet("loraclr_task_id");
+    if (task) loraclrFollow(task, 0);
+});

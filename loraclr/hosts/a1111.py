@@ -53,7 +53,7 @@ class A1111:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes; with medvram its weights may rest elsewhere."""
+        """Where the model computes; with medvram its weights rest elsewhere outside of a session."""
         return devices.device
 
     def layers(self) -> dict[str, nn.Module]:
@@ -81,7 +81,6 @@ class A1111:
         """
         x, t, context = (tensor.to(devices.device, devices.dtype_unet) for tensor in (x, t, context))
         with devices.autocast():
-            # Not the UNet itself: medvram moves it to the device in a hook of this wrapper.
             return self._model.model(x, t, c_crossattn=[context]).float()
 
     def sample(
@@ -163,7 +162,8 @@ class A1111:
                 parameter.requires_grad_(False)
             for module, name in checkpointed:
                 setattr(module, name, False)
-            yield
+            with self._on_device():
+                yield
         finally:
             for module, name in checkpointed:
                 setattr(module, name, True)
@@ -171,9 +171,37 @@ class A1111:
                 parameter.requires_grad_(True)
             shared.cmd_opts.no_prompt_history = history
             shared.loaded_hypernetworks[:] = hypernetworks
-            if lowvram.is_enabled(self._model):
-                lowvram.send_everything_to_cpu()
             devices.torch_gc()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Keep UNet and text encoder on the device, where medvram and lowvram move them in and out by hooks.
+
+        A part that has been moved away since its forward pass cannot take part in the backward pass.
+        """
+        if not lowvram.is_enabled(self._model):
+            yield
+            return
+        parts = (self._model.model, self._model.cond_stage_model)
+        movers = [
+            (module, number, hook)
+            for part in parts
+            for module in part.modules()
+            for number, hook in module._forward_pre_hooks.items()
+            if getattr(hook, "__name__", "") == "send_me_to_gpu"
+        ]
+        lowvram.send_everything_to_cpu()
+        try:
+            for module, number, _ in movers:
+                del module._forward_pre_hooks[number]
+            for part in parts:
+                part.to(devices.device)
+            yield
+        finally:
+            for module, number, hook in movers:
+                module._forward_pre_hooks[number] = hook
+                module.to(devices.cpu)
+            lowvram.send_everything_to_cpu()
 
     def publish(self, path: Path) -> None:
         """Make a newly written LoRA file known, also if it replaced one that the webui had applied or cached."""

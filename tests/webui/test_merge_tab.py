@@ -91,7 +91,7 @@ def test_interrupt(webui: Webui, tab: Tab) -> None:
     before, files = webui.draw(*PLAIN), webui.files()
     tab.choose(TIGER.name, PANDA.name)
     tab.name("never")
-    tab.page.locator("#loraclr_speed").get_by_text("Best").click()
+    tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
     for wait in (1500, 8000):
         tab.start()
         tab.page.wait_for_timeout(wait)
@@ -99,6 +99,21 @@ def test_interrupt(webui: Webui, tab: Tab) -> None:
         assert "interrupted" in tab.finish(60)
         assert webui.files() == files
         assert webui.draw(*PLAIN).tobytes() == before.tobytes()
+
+
+def test_a_reloaded_page_still_follows_the_merge(webui: Webui, tab: Tab) -> None:
+    """The bar and Interrupt are there again, and end the merge that the old page began."""
+    files = webui.files()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
+    tab.start()
+    tab.page.wait_for_timeout(3000)
+    tab.page.reload()
+    tab.open()
+    tab.page.locator("#loraclr_results .progressDiv").get_by_text("%").wait_for()
+    tab.page.locator("#loraclr_interrupt").click()
+    tab.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=60_000)
+    assert webui.files() == files
 
 
 def test_names_and_choices_that_cannot_be(webui: Webui, tab: Tab) -> None:

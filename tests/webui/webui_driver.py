@@ -128,6 +128,7 @@ class Tab:
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
         self.page = chromium.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(120_000)  # a busy machine is slow, not broken
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(f"{webui.address}/?__theme={theme}")
@@ -136,7 +137,7 @@ class Tab:
     def open(self) -> None:
         """Click the tab."""
         button = self.page.locator("#tabs > .tab-nav > button", has_text="LoRACLR Merge")
-        button.wait_for(timeout=60_000)
+        button.wait_for()
         # The webui's scripts are ready when its options are there.
         self.page.wait_for_function("() => typeof opts !== 'undefined' && Object.keys(opts).length > 0")
         button.click()
