@@ -98,7 +98,7 @@ class Webui:
     def draw(self, prompt: str, seed: int = 1, size: tuple[int, int] = (128, 128), steps: int = 12) -> Image.Image:
         """A txt2img picture, through the API."""
         body = {
-            "prompt": prompt, "seed": seed, "width": size[0], "height": size[1], "steps": steps, "cfg_scale": 5,
+            "prompt": prompt, "seed": seed, "width": size[0], "height": size[1], "steps": steps, "cfg_scale": 4,
             "sampler_name": "Euler", "save_images": False,
         }  # fmt: skip
         answer = self.ask("/sdapi/v1/txt2img", body)
