@@ -141,7 +141,7 @@ class Tab:
         # The webui's scripts are ready when its options are there.
         self.page.wait_for_function("() => typeof opts !== 'undefined' && Object.keys(opts).length > 0")
         button.click()
-        self.page.locator("#loraclr_merge").wait_for()
+        self.page.locator("#loraclr_buttons").wait_for()
 
     def choose(self, *names: str) -> None:
         """Search for LoRAs by name and choose them."""
