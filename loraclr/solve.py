@@ -44,11 +44,13 @@ class Statistics:
 
     def add(self, concept: int, rows: Tensor, weight: float = 1.0) -> None:
         """Add inputs (..., d) that the layer saw while this concept was active, each counted `weight` times."""
-        rows = rows.reshape(-1, self.gram.shape[0]).to(self.gram)
-        self.gram.addmm_(rows.T, rows, alpha=weight)
-        down = self.downs[concept]
-        if down is not None:
-            self.crosses[concept].addmm_(down @ rows.T, rows, alpha=weight)
+        # The host may be inside autocast, which would turn the products into half precision.
+        with torch.autocast(self.gram.device.type, enabled=False):
+            rows = rows.reshape(-1, self.gram.shape[0]).to(self.gram)
+            self.gram.addmm_(rows.T, rows, alpha=weight)
+            down = self.downs[concept]
+            if down is not None:
+                self.crosses[concept].addmm_(down @ rows.T, rows, alpha=weight)
 
     def solve(self, ridge: float = 1e-3) -> Change:
         """The factors (o, Σr_i) and (Σr_i, d) of the merged change; see `closed_form`."""

@@ -172,3 +172,14 @@ def test_wrong_inputs_are_refused():
 @pytest.mark.parametrize(("device", "solver"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu", "cpu")])
 def test_float64_is_left_to_devices_that_have_it(device, solver):
     assert float64_device(torch.device(device)) == torch.device(solver)
+
+
+def test_sums_stay_in_full_precision_inside_the_hosts_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(5, 2, generator=generator), torch.randn(2, 6, generator=generator)
+    rows, plain, inside = torch.randn(40, 6, generator=generator), Statistics(6, [change]), Statistics(6, [change])
+    plain.add(0, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(0, rows)
+    assert torch.equal(inside.gram, plain.gram)
+    assert torch.equal(inside.crosses[0], plain.crosses[0])
