@@ -95,23 +95,6 @@ def encoding_loss(vae: AutoencoderKL, picture: Tensor) -> Tensor:
     return F.mse_loss(vae.encode(picture).latent_dist.mean * SCALE, latents(picture))
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, picture: Tensor) -> Tensor:
-    """The encoder's own latents of unit variance, for (B, 3, H, W) in -1..1."""
-    return vae.encode(picture).latent_dist.mean * SCALE
-
-
-@torch.no_grad()
-def decode(vae: AutoencoderKL, latent: Tensor) -> Tensor:
-    """Latents of unit variance (B, 4, h, w) → pictures (B, 3, 8h, 8w) in -1..1."""
-    return vae.decode(latent / SCALE).sample.clamp(-1, 1)
-
-
-def psnr(drawn: Tensor, picture: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1..1."""
-    return -10 * F.mse_loss((drawn + 1) / 2, (picture + 1) / 2).log10().item()
-
-
 def fit(run: Path, device: torch.device, decoder_steps: int, encoder_steps: int) -> AutoencoderKL:
     """Train decoder and encoder (or go on with them)."""
     torch.manual_seed(0)

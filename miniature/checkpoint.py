@@ -14,7 +14,7 @@ import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from loraclr.keys import compvis_unet_name
@@ -194,12 +194,6 @@ def install_loras(folder: Path) -> list[Path]:
 def tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer, written to `folder` first."""
     return CLIPTokenizer.from_pretrained(str(tokenizer_folder(folder)))
-
-
-def freeze(*modules: nn.Module) -> None:
-    """No gradients for these modules' own parameters."""
-    for module in modules:
-        module.requires_grad_(False)
 
 
 def device() -> torch.device:
