@@ -18,7 +18,7 @@ from loraclr.factor import truncate
 from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
-from loraclr.polish import held_out, polish
+from loraclr.polish import missed, polish
 from loraclr.solve import Statistics
 
 Speed = Literal["closed", "fast", "balanced", "best"]
@@ -86,8 +86,8 @@ class Merge:
     """The result: layers of one LoRA, and what is known about them.
 
     Attributes:
-        missed: per concept name the share of its effect that the merge misses on held-out steps (0 is perfect),
-            after the closed form and after the polish.
+        missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
+            (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
     """
 
@@ -177,11 +177,12 @@ def merge(
         run.fit_text()
         run.fit_cross_attention()
         result.seconds["text"] = run.lap()
-        banks = [run.look(place) for place in range(len(run.texts))]
+        for place in range(len(run.texts)):
+            run.look(place)
         result.seconds["capture"] = run.lap()
         run.solve("Fitting the picture layers")
         result.seconds["solve"] = run.lap()
-        closed, polished = run.polish(banks)
+        closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
         result.layers = run.layers()
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
@@ -213,10 +214,11 @@ class _Run:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.statistics: dict[str, Statistics] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
-        self.grams: dict[str, Tensor] = {}
+        self.banks: list[Bank] = []
+        self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         # Work is counted in rows through the UNet; a step of polish also goes backwards, which counts twice.
-        drawn = 2 * sum(map(len, self.texts)) * settings.steps
+        drawn = 2 * sum(len(texts) + 1 for texts in self.texts) * settings.steps
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
@@ -251,26 +253,33 @@ class _Run:
                 self.add(place, name, context)
         self.solve("Fitting words to pictures")
 
-    def look(self, place: int) -> Bank:
+    def look(self, place: int) -> None:
         """Stage 3: draw with one concept's own LoRA, count what the picture layers see, keep what the UNet predicts."""
-        stage, texts = f"Looking at {self.names[place]}", self.texts[place]
-        bank = Bank([*texts, ""])
+        texts = self.texts[place]
 
         def picture_layer(name: str) -> bool:
             return not (capture.is_text(name) or capture.is_cross_kv(name))
 
         with capture.applied(self.modules, self.asked[place]), torch.no_grad():
-            record = capture.filing(bank, self.host.encode(bank.prompts))
+            with self.watching(place, picture_layer):
+                self.banks.append(self.draw(place, texts, 0))
+            self.held.append(self.draw(place, texts[:1], len(texts)))
 
-            def tell(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
-                record(x, t, context, prediction)
-                self.tick(stage, x.shape[0])
+    def draw(self, place: int, texts: list[str], first: int) -> Bank:
+        """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
+        stage, settings = f"Looking at {self.names[place]}", self.settings
+        bank = Bank([*texts, ""])
+        record = capture.filing(bank, self.host.encode(bank.prompts))
 
-            with self.host.watch(tell), self.watching(place, picture_layer):
-                for begin in range(0, len(texts), self.settings.batch):
-                    self.tick(stage)
-                    part, seed = texts[begin : begin + self.settings.batch], self.settings.seed + begin
-                    self.host.sample(part, seed, self.settings.steps, self.settings.guidance, self.size, self.size)
+        def tell(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
+            record(x, t, context, prediction)
+            self.tick(stage, x.shape[0])
+
+        with self.host.watch(tell):
+            for begin in range(0, len(texts), settings.batch):
+                self.tick(stage)
+                part, seed = texts[begin : begin + settings.batch], settings.seed + first + begin
+                self.host.sample(part, seed, settings.steps, settings.guidance, self.size, self.size)
         return bank
 
     def watching(self, place: int, wanted: Callable[[str], bool]):
@@ -293,34 +302,34 @@ class _Run:
             self.statistics[name].add(place, rows.float(), weight)
 
     def solve(self, stage: str) -> None:
-        """The closed form of every layer watched since the last time."""
+        """The closed form of every layer watched since the last time, at the rank that was asked for."""
         self.tick(stage)
         for name, statistics in self.statistics.items():
             up, down = statistics.solve(self.settings.ridge)
-            self.merged[name] = up.float(), down.float()
             if self.settings.rank is not None:
-                self.grams[name] = statistics.gram.cpu()
+                up, down = truncate(up, down, self.settings.rank, statistics.gram)
+            self.merged[name] = up.float(), down.float()
         self.statistics = {}
 
-    def polish(self, banks: list[Bank]) -> tuple[list[float], list[float]]:
+    def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""
-        steps, concepts = POLISH_STEPS[self.settings.speed], len(banks) - 1
-        before = held_out(self.host, self.modules, self.merged, banks, self.rows)
+        steps, concepts = POLISH_STEPS[self.settings.speed], len(self.banks) - 1
+        before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before
         shares = [1.0] * concepts + [self.settings.neutral * concepts]
         self.merged = polish(
-            self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
+            self.host, self.modules, self.merged, self.banks, shares, steps, self.rows, self.settings.seed,
             lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
         )  # fmt: skip
-        return before, held_out(self.host, self.modules, self.merged, banks, self.rows)
+        return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
 
     def layers(self) -> dict[str, Layer]:
-        """The factors at the rank that was asked for."""
+        """The factors, both of one size, as layers of a file."""
         layers = {}
         for name, (up, down) in self.merged.items():
             module = self.modules[name]
-            up, down = truncate(up.cpu(), down.cpu(), self.settings.rank, self.grams.get(name))
+            up, down = truncate(up.cpu(), down.cpu())
             conv = isinstance(module, nn.Conv2d)
             kernel = tuple(module.kernel_size) if conv else (1, 1)
             layers[name] = Layer(up, down, float(up.shape[1]), conv, kernel)

@@ -32,12 +32,6 @@ class Row:
     entry: int
 
 
-def split(banks: list[Bank], every: int = 8) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows: every eighth entry is kept for measuring."""
-    rows = [Row(b, e) for b, bank in enumerate(banks) for e in range(len(bank))]
-    return [row for row in rows if row.entry % every], [row for row in rows if not row.entry % every]
-
-
 def balanced(changes: Changes) -> dict[str, tuple[Tensor, Tensor]]:
     """The same products, with both factors of a layer of one root mean square, so that one learning rate fits both."""
     result = {}
@@ -85,14 +79,12 @@ def polish(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
-    training, _ = split(banks)
-    by_bank = [[row for row in training if row.bank == place] for place in range(len(banks))]
-    weights = torch.tensor([share if rows else 0.0 for share, rows in zip(shares, by_bank, strict=True)])
+    weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     first, scale = None, LOSS_SCALE
     for step in range(steps):
         chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
-        rows = [by_bank[b][int(torch.randint(len(by_bank[b]), (1,), generator=generator))] for b in chosen]
+        rows = [Row(b, int(torch.randint(len(banks[b]), (1,), generator=generator))) for b in chosen]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
         with torch.enable_grad(), applied(modules, live):
@@ -122,23 +114,21 @@ def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(
+def missed(
     host: Host, modules: Mapping[str, nn.Module], changes: Changes, banks: list[Bank], batch: int
 ) -> list[float]:
-    """How much of each bank's held-out rows the merge misses: Σ‖ε_merged − ε_i‖² / Σ‖ε_base − ε_i‖², 0 is perfect.
+    """How much of each bank's effect the merge misses: Σ‖ε_merged − ε_i‖² / Σ‖ε_base − ε_i‖², 0 is perfect.
 
-    For the neutral bank, whose teacher is the base itself, the plain mean squared difference is given.
+    For the last bank, the neutral one, whose teacher is the base itself, the plain mean squared difference is given.
     """
-    _, kept = split(banks)
     results = []
-    for place in range(len(banks)):
-        rows = [row for row in kept if row.bank == place]
+    for place, bank in enumerate(banks):
         merged, base = [], []
-        for begin in range(0, len(rows), batch):
-            part = rows[begin : begin + batch]
+        for begin in range(0, len(bank), batch):
+            part = [Row(place, entry) for entry in range(begin, min(begin + batch, len(bank)))]
             base.append(error(host, banks, part))
             with applied(modules, changes):
                 merged.append(error(host, banks, part))
-        missed, whole = torch.cat(merged).sum().item(), torch.cat(base).sum().item()
-        results.append(missed / whole if place < len(banks) - 1 and whole > 0 else missed / max(1, len(rows)))
+        left, whole = torch.cat(merged).sum().item(), torch.cat(base).sum().item()
+        results.append(left / whole if place < len(banks) - 1 and whole > 0 else left / len(bank))
     return results

@@ -20,7 +20,7 @@ from miniature.training import train
 from miniature.vocabulary import Concept
 
 ROWS = {"box": 6, "strip": 4, "whole": 3}  # pictures of each concept in a step
-STAGES = ((0.35, "box", 0), (0.35, "strip", 0), (0.30, "whole", 0))
+STAGES = ((0.2, "box", 0), (0.2, "strip", 0), (0.6, "whole", 0))
 PRIOR = 0.12  # share of base scenes without the trigger, so that a LoRA leaves the rest of the model alone
 BLOCKS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
           "attn2.to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out",

@@ -18,6 +18,7 @@ from miniature.vocabulary import CLASSES, COLOURS, CONCEPTS
 
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).float()
 MIN_SNR = 5.0  # Hang et al. 2023: loss weights min(SNR, 5) / SNR let the noisy steps, where things take shape, count
+GOLDEN = 0.6180339887  # multiples of it, modulo 1, spread evenly: neighbouring rows never share a noise level
 DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
 #: (share of the finished training, side, pictures a step): boxes first, whole pictures last.
@@ -103,7 +104,8 @@ def noise_loss(predict: Callable[[Tensor, Tensor], Tensor], clean: Tensor, gener
         clean: (B, 4, h, w).
     """
     rows = clean.shape[0]
-    t = torch.randint(0, 1000, (rows,), generator=generator)
+    spread = torch.rand(1, generator=generator) + GOLDEN * torch.arange(rows)
+    t = (1000 * spread.frac()).long()
     alpha = ALPHAS[t].view(-1, 1, 1, 1).to(clean.device)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     error = (predict(alpha.sqrt() * clean + (1 - alpha).sqrt() * noise, t.to(clean.device)) - noise) ** 2

@@ -17,7 +17,7 @@ from miniature.checkpoint import Miniature, device, save
 from miniature.vocabulary import CONCEPTS
 
 PARTS = ("judge", "vae", "base", "checkpoint", "loras")
-DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 2500, 1700, 1200
+DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 2500, 4000, 1200
 GROUP = 6  # LoRAs trained side by side in one process
 
 

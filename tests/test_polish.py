@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
-from loraclr.polish import balanced, held_out, polish, split
+from loraclr.polish import balanced, missed, polish
 
 
 def bank_of(host: ToyHost, changes, prompts: list[str]) -> Bank:
@@ -44,22 +44,13 @@ def test_balanced_factors_have_the_same_product_and_one_size() -> None:
     assert all(value.isfinite().all() for value in result["b"])
 
 
-def test_every_eighth_entry_is_kept_out() -> None:
-    bank = Bank(["a"])
-    for _ in range(20):
-        bank.x.append(torch.zeros(4, 1, 1))
-    training, kept = split([bank, bank])
-    assert [(row.bank, row.entry) for row in kept] == [(b, e) for b in (0, 1) for e in (0, 8, 16)]
-    assert len(training) + len(kept) == 40 and not set(training) & set(kept)
-
-
 def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
     host = ToyHost()
     changes = changes_of(toy_lora(host, "a", 1))
     banks = [bank_of(host, changes, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
-    assert held_out(host, host.layers(), changes, banks, 5)[0] < 1e-9
-    assert abs(held_out(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
-    assert held_out(host, host.layers(), {}, banks, 5)[1] < 1e-12
+    assert missed(host, host.layers(), changes, banks, 5)[0] < 1e-9
+    assert abs(missed(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
+    assert missed(host, host.layers(), {}, banks, 5)[1] < 1e-12
 
 
 def run(host: ToyHost, steps: int = 30):
@@ -73,7 +64,7 @@ def run(host: ToyHost, steps: int = 30):
 def test_it_learns_the_teacher_and_tells_every_step() -> None:
     host = ToyHost()
     start, result, banks, told = run(host, 100)
-    before, after = (held_out(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
+    before, after = (missed(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
     assert after < 0.5 * before
     assert [step for step, _ in told] == list(range(1, 101))
     assert all(up.shape == start[name][0].shape and not up.requires_grad for name, (up, _) in result.items())
@@ -82,7 +73,7 @@ def test_it_learns_the_teacher_and_tells_every_step() -> None:
 def test_half_precision_learns_too() -> None:
     host = HalfHost()
     start, result, banks, _ = run(host, 60)
-    before, after = (held_out(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
+    before, after = (missed(host, host.layers(), changes, banks, 8)[0] for changes in (start, result))
     assert after < 0.9 * before
 
 
