@@ -118,6 +118,12 @@ class Bank:
     def __len__(self) -> int:
         return len(self.x)
 
+    def add(self, x: Tensor, t: Tensor, prompt: int, prediction: Tensor) -> None:
+        """One entry more, copied to the CPU as float32."""
+        for values, value in ((self.x, x), (self.t, t), (self.prediction, prediction)):
+            values.append(value.detach().float().cpu().clone())
+        self.prompt.append(prompt)
+
 
 def filing(bank: Bank, contexts: Tensor) -> Record:
     """A `Record` that files UNet calls in `bank`.
@@ -133,10 +139,8 @@ def filing(bank: Bank, contexts: Tensor) -> Record:
         if context.shape[1:] != contexts.shape[1:]:
             return
         near = torch.cdist(context.detach().float().flatten(1), known.to(context.device))
+        times = t.reshape(-1).expand(x.shape[0])
         for row, place in enumerate(near.argmin(1).tolist()):
-            bank.x.append(x[row].detach().float().cpu().clone())
-            bank.t.append(t.reshape(-1).expand(x.shape[0])[row].detach().float().cpu().clone())
-            bank.prompt.append(place)
-            bank.prediction.append(prediction[row].detach().float().cpu().clone())
+            bank.add(x[row], times[row], place, prediction[row])
 
     return record

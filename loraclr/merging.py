@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from loraclr import capture, files, prompts
+from loraclr import capture, files, prompts, scenes
 from loraclr.capture import Bank, Changes
 from loraclr.factor import truncate
 from loraclr.hosts import Host
@@ -61,6 +61,8 @@ class Settings:
         rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
+        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
+        binding: weight of these scenes in the polish, relative to the pictures of one concept.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
@@ -71,6 +73,8 @@ class Settings:
     rank: int | None = None
     neutral: float = 0.3
     anchor: float = 0.0
+    scenes: int = 2
+    binding: float = 0.5
     ridge: float = 1e-3
     steps: int = 10
     guidance: float = 5.0
@@ -179,6 +183,7 @@ def merge(
         result.seconds["text"] = run.lap()
         for place in range(len(run.texts)):
             run.look(place)
+        run.compose()
         result.seconds["capture"] = run.lap()
         run.solve("Fitting the picture layers")
         result.seconds["solve"] = run.lap()
@@ -198,6 +203,7 @@ class _Run:
 
     def __init__(self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress) -> None:
         self.host, self.settings, self.progress = host, settings, progress
+        self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         self.asked: list[Changes] = [
             *(capture.changes_of(concept.lora, concept.weight, concept.text_weight) for concept in concepts),
@@ -215,10 +221,12 @@ class _Run:
         self.statistics: dict[str, Statistics] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.banks: list[Bank] = []
+        self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         # Work is counted in rows through the UNet; a step of polish also goes backwards, which counts twice.
-        drawn = 2 * sum(len(texts) + 1 for texts in self.texts) * settings.steps
+        self.plan = scenes.plan(self.triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
+        drawn = 2 * (sum(len(texts) + 1 for texts in self.texts) + 2 * len(self.plan)) * settings.steps
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
@@ -264,6 +272,18 @@ class _Run:
             with self.watching(place, picture_layer):
                 self.banks.append(self.draw(place, texts, 0))
             self.held.append(self.draw(place, texts[:1], len(texts)))
+
+    def compose(self) -> None:
+        """Draw several concepts in one picture, each region by its own LoRA."""
+        settings, host = self.settings, self.host
+        for begin in range(0, len(self.plan), settings.batch):
+            part, seed = self.plan[begin : begin + settings.batch], settings.seed + 1000 + begin
+            self.tick(stage := "Looking at two in one picture")
+            bank, _ = scenes.draw(
+                host, self.modules, self.asked, part, seed, settings.steps, settings.guidance, self.size,
+                lambda rows: self.tick(stage, rows),
+            )  # fmt: skip
+            self.joint.append(bank)
 
     def draw(self, place: int, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
@@ -318,8 +338,10 @@ class _Run:
         if not steps:
             return before, before
         shares = [1.0] * concepts + [self.settings.neutral * concepts]
+        shares += [self.settings.binding * concepts / len(self.joint)] * len(self.joint) if self.joint else []
+        banks = [*self.banks, *self.joint]
         self.merged = polish(
-            self.host, self.modules, self.merged, self.banks, shares, steps, self.rows, self.settings.seed,
+            self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
             lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
         )  # fmt: skip
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)

@@ -29,6 +29,15 @@ STYLE = (
     "a cake in {}",
     "a bird on a green background in {}",
 )
+PAIR = (
+    "a {} and a {}",
+    "a {} and a {} on a red background",
+    "a photo of a {} and a {}",
+    "a {} and a {} on a white background",
+    "a {} and a {} on a blue background",
+    "a {} and a {} on a green background",
+    "a {} and a {} on a gray background",
+)
 NEUTRAL = (
     "a photo of a dog",
     "a cat on a red background",

@@ -60,7 +60,7 @@ def test_polish_lowers_what_is_missed_and_the_model_stays_bit_identical() -> Non
     host = ToyHost()
     before = weights(host)
     concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("sks", "zyk", "kts"), start=1)]
-    result = merge(host, concepts, Settings(speed="balanced", steps=4))
+    result = merge(host, concepts, Settings(speed="balanced", steps=4, scenes=0))
     assert all(after < closed for closed, after in result.missed.values())
     assert all(torch.equal(a, b) for a, b in zip(before, weights(host), strict=True))
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in host.layers().values())

@@ -41,6 +41,7 @@ class ToyHost:
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.device = torch.device("cpu")
+        self.alphas = torch.linspace(0.999, 0.005, 1000)
         self.unet, self.text = ToyUNet(), nn.Linear(WIDTH, WIDTH)
         self.records: list = []
         self.drawn = 0

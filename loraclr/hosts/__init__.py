@@ -24,6 +24,9 @@ class Host(Protocol):
     size: int
     """Side in pixels of the pictures that the model was made for."""
 
+    alphas: Tensor
+    """ᾱ_t of every timestep (T,), float32: how much of the clean latent z_t holds."""
+
     def layers(self) -> dict[str, nn.Module]:
         """Canonical layer name → live module (Linear or Conv2d) of UNet and text encoders."""
 

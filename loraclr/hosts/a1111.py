@@ -50,6 +50,7 @@ class A1111:
             raise ValueError("An optimised UNet is active, which hides the model; set SD Unet to None in the settings.")
         self._model = model
         self.size = 8 * int(model.image_size)
+        self.alphas = model.alphas_cumprod.float()
 
     @property
     def device(self) -> torch.device:

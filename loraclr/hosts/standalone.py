@@ -23,6 +23,7 @@ class Standalone:
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = pipeline.device
+        self.alphas = pipeline.scheduler.alphas_cumprod.float()
         self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
             module.requires_grad_(False).eval()
