@@ -1,4 +1,4 @@
-"""Block weights: a weight for each block of the model, named and ordered as the sd-webui-lora-block-weight extension does.
+"""Block weights: a weight per block of the model, named and ordered as sd-webui-lora-block-weight users know them.
 
 BASE is the text encoder, IN, M00 and OUT are the UNet's original ("compvis") blocks.
 """

@@ -193,7 +193,8 @@ def _place(stem: str, family: Family) -> tuple[Part, str] | None:
         return "unet", flat
     if _TEXT_LAYER.fullmatch(flat) or _text_end(flat):
         # Without a prefix only OpenCLIP's spelling tells SDXL's second encoder.
-        return "text_encoder_2" if family == "sdxl" and "resblocks" in flat else "text_encoder", flat
+        second = family == "sdxl" and ("resblocks" in flat or flat.removeprefix("model_") in _OPEN_CLIP_ENDS)
+        return "text_encoder_2" if second else "text_encoder", flat
     return None
 
 
