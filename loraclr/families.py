@@ -28,7 +28,7 @@ def detect_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, st
     if any(_SECOND_ENCODER.search(key) for key in flat):
         return "sdxl"
     cross = {_input_width(tensors) for tensors in _layers(flat, _CROSS_ATTENTION)}
-    text = {_square_width(tensors) for tensors in _layers(flat, _TEXT_ATTENTION)}
+    text = {_square_width(tensors) for tensors in _layers(flat, _TEXT_SQUARE)}
     for width, family in _CROSS_WIDTHS.items():
         if width in cross:
             return family
@@ -71,7 +71,9 @@ _SECOND_ENCODER = re.compile(
     r"(^|_)(lora_te2|te2|text_encoder_2|clip_g|conditioner_embedders_1)_|^(lora_)?1_model_transformer_"
 )
 _CROSS_ATTENTION = re.compile(r"attn2_(processor_)?to_[kv]_")
-_TEXT_ATTENTION = re.compile(r"layers_\d+_self_attn_(to_)?(q|k|v|out)_(proj_)?|resblocks_\d+_attn_(q_|k_|v_|out_)proj_")
+_TEXT_SQUARE = re.compile(
+    r"layers_\d+_(self_attn_(to_)?(q|k|v|out)_(proj_)?|layer_norm[12]_)|resblocks_\d+_(attn_[a-z]+_proj|ln_[12])_"
+)
 _CROSS_WIDTHS: dict[int, Family] = {2048: "sdxl", 1024: "sd2", 768: "sd1"}
 # 768 is no evidence: the first encoder of SDXL is that of SD 1.x.
 _TEXT_WIDTHS: dict[int, Family] = {1280: "sdxl", 1024: "sd2"}
@@ -117,7 +119,7 @@ def _input_width(tensors: Mapping[str, Shape]) -> int | None:
 
 
 def _square_width(tensors: Mapping[str, Shape]) -> int | None:
-    """d of a square Linear layer (d, d); also from what depends on its output only."""
+    """d of a square Linear layer (d, d) or of a norm (d); also from what depends on its output only."""
     width = _input_width(tensors)
     if width is not None:
         return width
@@ -125,6 +127,7 @@ def _square_width(tensors: Mapping[str, Shape]) -> int | None:
         blocks = tensors["oft_blocks"]
         # (blocks, b, b), for BOFT (m, blocks, b, b); PEFT's vectors of b(b-1)/2 are left out.
         return blocks[-3] * blocks[-1] if len(blocks) >= 3 else None
-    # A scale or a bias per channel: IA3's weight (d, 1) or (1, d), DoRA's scale likewise, diff_b (d).
-    sizes = [max(tensors[suffix]) for suffix in ("weight", "dora_scale", "diff_b") if tensors.get(suffix)]
+    # A scale or a bias per channel: IA3's weight (d, 1) or (1, d), DoRA's scale likewise, the others (d).
+    channels = ("weight", "dora_scale", "diff_b", "w_norm", "b_norm")
+    sizes = [max(tensors[suffix]) for suffix in channels if tensors.get(suffix)]
     return max(sizes, default=None)

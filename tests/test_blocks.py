@@ -1,7 +1,7 @@
 """Block weights: every layer's block, and what a user may write."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraclr import keys, layout
@@ -46,6 +46,7 @@ def test_block_of_a_layer(name, family, expected):
     assert block(name, family) == expected
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from([("sd1", 17), ("sd2", 26), ("sdxl", 12), ("sdxl", 20), ("sdxl", 26)]))
 def test_numbers_go_to_the_presets_blocks_in_order(data, preset):
     family, count = preset
