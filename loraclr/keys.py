@@ -71,7 +71,7 @@ def fused(stem: str, family: Family = "sd1") -> tuple[str, str, str] | None:
     Rows 0..d of its ΔW (3d, d) are q's, then come k's and v's. OpenCLIP is the text encoder of SD2 and SDXL's second.
     """
     place = _place(stem, family)
-    if place is None or place[0] == "unet":
+    if place is None or place[0] == "unet" or (place[0] == "text_encoder_2" and family != "sdxl"):
         return None
     part, flat = place
     match = _TEXT_LAYER.fullmatch(flat)

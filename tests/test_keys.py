@@ -392,6 +392,7 @@ def test_open_clip_names_go_there_and_back(family, width, layers):
         ("lora_unet_down_blocks_0_motion_modules_0_proj_in", "sd1"),
         ("add_embedding.linear_1", "sd1"),
         ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "sd1"),
+        ("1_model_transformer_resblocks_0_attn_in_proj", "sd2"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc3", "sd1"),
         ("first_stage_model.encoder.conv_in", "sd1"),
         ("lora_unet", "sd1"),
