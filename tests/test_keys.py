@@ -1,13 +1,19 @@
-"""Layer names, checked against diffusers' own conversion of original checkpoints."""
+"""Layer names: complete tables of the real architectures, and diffusers' own conversions as a second opinion."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loraclr import keys
+from loraclr import keys, layout
 
 diffusers = pytest.importorskip("diffusers")
+import architectures as real  # noqa: E402 (needs diffusers and transformers)
+
+FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 def tiny_unet(family):
@@ -215,55 +221,203 @@ def test_sdxl_layers_are_called_as_kohya_does(key, stem):
     assert keys.canonical(key, "sdxl")[0] == stem
 
 
-def shapes(*stems, width):
-    return {f"{stem}.lora_down.weight": (4, width) for stem in stems}
+def flat(path):
+    return path.replace(".", "_")
+
+
+# Every convention that files and models spell a UNet layer in: from its path, diffusers' or compvis'.
+DIFFUSERS_UNET: dict[str, Callable[[str], str]] = {
+    "diffusers": "unet.{}".format,
+    "bare diffusers": str,
+    "PEFT": "base_model.model.{}".format,
+    "PEFT, whole pipeline": "base_model.model.unet.{}".format,
+    "PEFT, saved by diffusers": "unet.base_model.model.{}".format,
+    "kohya": lambda path: f"lora_unet_{flat(path)}",
+    "OneTrainer, dotted": "lora_unet.{}".format,
+    "LyCORIS' wrapper": lambda path: f"lycoris_{flat(path)}",
+    "kohya's OFT": lambda path: f"oft_unet_{flat(path)}",
+}
+COMPVIS_UNET: dict[str, Callable[[str], str]] = {
+    "compvis": "diffusion_model.{}".format,
+    "checkpoint": "model.diffusion_model.{}".format,
+    "bare compvis": str,
+    "OneTrainer's OMI": "unet.{}".format,
+    "kohya": lambda path: f"lora_unet_{flat(path)}",
+    "webui": lambda path: f"diffusion_model_{flat(path)}",
+    "LyCORIS' wrapper": lambda path: f"lycoris_{flat(path)}",
+    "kohya's OFT": lambda path: f"oft_unet_{flat(path)}",
+}
+# Text encoders: what stands before text_model.… and before transformer.resblocks.…
+TRANSFORMERS_TEXT = {
+    ("sd1", "text_encoder"): (
+        *("text_encoder.", "", "lora_te_", "lora_te.", "te.", "te1.", "clip_l.", "text_encoders.clip_l.transformer."),
+        *("base_model.model.", "text_encoder.base_model.model.", "base_model.model.text_encoder.", "lycoris_"),
+        *("transformer_", "cond_stage_model.transformer.", "lora_te1_"),
+    ),
+    ("sd2", "text_encoder"): ("text_encoder.", "", "lora_te_", "clip_h.transformer.", "base_model.model.", "lycoris_"),
+    ("sdxl", "text_encoder"): (
+        *("text_encoder.", "", "lora_te1_", "lora_te1.", "te1.", "clip_l.", "text_encoders.clip_l.transformer."),
+        *("0_transformer_", "conditioner.embedders.0.transformer.", "base_model.model.", "lycoris_"),
+    ),
+    ("sdxl", "text_encoder_2"): (
+        *("text_encoder_2.", "lora_te2_", "lora_te2.", "te2.", "clip_g.", "text_encoders.clip_g.transformer."),
+        *("text_encoder_2.base_model.model.", "base_model.model.text_encoder_2."),
+    ),
+}
+OPEN_CLIP_TEXT = {
+    ("sd2", "text_encoder"): ("model.", "", "cond_stage_model.model.", "lora_te_", "clip_h."),
+    ("sdxl", "text_encoder_2"): ("1.model.", "model.", "conditioner.embedders.1.model.", "lora_te2_", "clip_g."),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def unet_pair(family):
+    return real.diffusers_unet(family), real.original_unet(**real.ORIGINAL_UNETS[family])
+
+
+def named(shapes, spell, family):
+    """Canonical name → shape; every path must be understood and no two may share a name."""
+    names = {path: keys.layer_name(spell(path), family) for path in shapes}
+    assert [path for path, name in names.items() if name is None] == []
+    assert len(set(names.values())) == len(shapes)
+    return {name: shapes[path] for path, name in names.items()}
+
+
+def test_the_two_real_unets_have_the_same_layers_of_the_same_shapes(family, unet_pair):
+    ours, original = unet_pair
+    assert named(ours, "unet.{}".format, family) == named(original, "diffusion_model.{}".format, family)
+
+
+def test_every_unet_layer_has_one_name_in_every_convention(family, unet_pair):
+    ours, original = unet_pair
+    spellings = [*((ours, spell) for spell in DIFFUSERS_UNET.values())]
+    spellings += [*((original, spell) for spell in COMPVIS_UNET.values())]
+    tables = [named(shapes, spell, family) for shapes, spell in spellings]
+    assert all(table == tables[0] for table in tables)
+    assert all(keys.layer_name(name, family) == name for name in tables[0])
+    assert {keys.compvis_unet_path(name, family) for name in tables[0]} == original.keys()
+
+
+def test_the_layout_lists_the_real_unet_and_nothing_else(family, unet_pair):
+    ours, original = unet_pair
+    listed = dict(layout.unet_paths(family))
+    assert {path: listed[path] for path in ours} == {path: keys.compvis_unet_name(path, family) for path in ours}
+    assert set(original) <= set(listed.values())
+    assert all(path.endswith("conv_shortcut") for path in listed.keys() - ours.keys())
+
+
+@pytest.mark.parametrize(("family", "modules"), [("sd1", 192), ("sd2", 192), ("sdxl", 722)])
+def test_as_many_attention_layers_as_kohya_reports(family, modules):
+    """What kohya's trainer prints: "create LoRA for U-Net: 192 modules", 722 for SDXL."""
+    linear = {path: shape for path, shape in real.diffusers_unet(family).items() if len(shape) > 1}
+    assert sum(".attentions." in path for path in linear) == modules
+
+
+ENCODERS = [(family, *encoder) for family in FAMILIES for encoder in real.TEXT_ENCODERS[family]]
+
+
+@pytest.mark.parametrize(("family", "part", "width", "heads", "layers", "open_clip"), ENCODERS)
+def test_every_text_encoder_layer_has_one_name_in_every_convention(family, part, width, heads, layers, open_clip):
+    shapes = real.transformers_text_encoder(width, heads, layers, projection=part == "text_encoder_2")
+    # transformers 5 leaves out text_model, files never do.
+    shapes = {path.removeprefix("text_model."): shape for path, shape in shapes.items()}
+
+    def spelled(path, prefix, inner="text_model."):
+        path = path if path == "text_projection" else f"{inner}{path}"
+        return prefix + (flat(path) if prefix.endswith("_") else path)
+
+    table = {keys.kohya_name(part, path, family): shape for path, shape in shapes.items()}
+    assert len(table) == len(shapes)
+    for prefix in TRANSFORMERS_TEXT[family, part]:
+        for inner in ("text_model.", ""):
+            if not prefix and part == "text_encoder_2":
+                continue
+            assert named(shapes, lambda path, p=prefix, i=inner: spelled(path, p, i), family) == table, (prefix, inner)
+    assert all(keys.layer_name(name, family) == name for name in table)
+    if open_clip:
+        original = real.open_clip_text_encoder(width, layers)
+        for prefix in OPEN_CLIP_TEXT[family, part]:
+            for spell in (str, flat):
+                assert taken_apart(original, lambda path, p=prefix, s=spell: s(f"{p}{path}"), family) >= table.items()
+
+
+def taken_apart(shapes, spell, family):
+    """(canonical name, shape) of every layer of OpenCLIP's encoder, its fused projections as three layers each."""
+    found = {}
+    for path, shape in shapes.items():
+        names = keys.fused(spell(path), family) or (keys.layer_name(spell(path), family),)
+        assert None not in names and not found.keys() & set(names), path
+        found |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
+    return found.items()
+
+
+@pytest.mark.parametrize(("family", "te"), [("sd2", "lora_te"), ("sdxl", "lora_te2")])
+def test_a_fused_projection_is_taken_apart_and_put_together(family, te):
+    stem = "1_model_transformer_resblocks_3_attn" if family == "sdxl" else "model_transformer_resblocks_3_attn"
+    layer = f"{te}_text_model_encoder_layers_3_self_attn"
+    names = (f"{layer}_q_proj", f"{layer}_k_proj", f"{layer}_v_proj")
+    for spelling in (stem, f"{stem}_in_proj", f"{te}_text_model_encoder_layers_3_self_attn_in_proj"):
+        assert keys.fused(spelling, family) == names
+        assert keys.layer_name(spelling, family) is None
+    # The webui's own names for the thirds are layers.
+    assert tuple(keys.layer_name(f"{stem}_{side}_proj", family) for side in "qkv") == names
+    assert {keys.open_clip_name(name) for name in names} == {"transformer.resblocks.3.attn.in_proj"}
+    prefix = "1.model." if family == "sdxl" else "model."
+    assert keys.fused(prefix + keys.open_clip_name(names[0]), family) == names
+    assert keys.fused(f"{stem}_out_proj", family) is None
+
+
+@pytest.mark.parametrize(("family", "width", "layers"), [("sd2", 1024, 24), ("sdxl", 1280, 32)])
+def test_open_clip_names_go_there_and_back(family, width, layers):
+    paths = real.open_clip_text_encoder(width, layers).keys()
+    prefix = "1.model." if family == "sdxl" else "model."
+    for path in paths:
+        for name in keys.fused(prefix + path, family) or [keys.layer_name(prefix + path, family)]:
+            assert keys.open_clip_name(name) == path
+    assert keys.open_clip_name("lora_unet_conv_in") is None
 
 
 @pytest.mark.parametrize(
-    ("stem", "width", "family"),
+    ("stem", "family"),
     [
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768, "sd1"),
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 1024, "sd2"),
-        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 64, "sd1"),
-        ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v", 64, "sd1"),
-        ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", 2048, "sdxl"),
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k", 640, "sdxl"),
-        ("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_k", 320, "sd1"),
-        ("lora_unet_mid_block_attentions_0_transformer_blocks_7_attn1_to_q", 1280, "sdxl"),
-        ("unet.mid_block.attentions.0.transformer_blocks.7.attn1.to_q", 1280, "sdxl"),
-        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, "sd1"),
-        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 32, "sd1"),
-        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 1024, "sd2"),
-        ("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", 768, "sdxl"),
-        ("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj", 1280, "sdxl"),
+        ("lora_unet_nowhere", "sd1"),
+        ("lora_unet_down_blocks_3_attentions_0_proj_in", "sd1"),
+        ("lora_unet_down_blocks_0_attentions_0_proj_in", "sdxl"),
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_1_ff_net_2", "sd1"),
+        ("lora_unet_down_blocks_0_motion_modules_0_proj_in", "sd1"),
+        ("add_embedding.linear_1", "sd1"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "sd1"),
+        ("1_model_transformer_resblocks_0_attn_in_proj", "sd2"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc3", "sd1"),
+        ("first_stage_model.encoder.conv_in", "sd1"),
+        ("lora_unet", "sd1"),
+        ("", "sd1"),
     ],
 )
-def test_family_from_one_layer(stem, width, family):
-    assert keys.detect_family(shapes(stem, width=width)) == family
+def test_no_name_for_what_the_family_lacks(stem, family):
+    assert keys.layer_name(stem, family) is None
+    assert keys.fused(stem, family) is None
 
 
-@pytest.mark.parametrize(
-    ("key", "width"),
-    [
-        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight", 1024),
-        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight", 1024),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight", 1024),
-    ],
-)
-def test_the_width_is_seen_in_every_spelling(key, width):
-    assert keys.detect_family({key: (4, width)}) == "sd2"
+WORDS = "lora lycoris unet te1 te2 0 1 model transformer text_model encoder layers resblocks mlp.fc1 attn ln_1 conv_in"
 
 
-@pytest.mark.parametrize(
-    ("key", "model"),
-    [
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
-        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "SD3"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "SD3"),
-        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "transformer"),
-    ],
-)
-def test_families_without_unet_are_refused_by_name(key, model):
-    with pytest.raises(ValueError, match=model):
-        keys.detect_family({key: (4, 64)})
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(WORDS.split()), max_size=8).map("_".join), st.sampled_from(FAMILIES))
+def test_any_text_is_a_canonical_name_or_not_understood(stem, family):
+    name = keys.layer_name(stem, family)
+    assert name is None or keys.layer_name(name, family) == name
+
+
+@pytest.mark.parametrize(("family", "number"), [("sd1", 1), ("sdxl", 2)])
+@pytest.mark.parametrize("written", [1, 2])
+def test_an_upsampler_is_found_under_the_other_familys_number_too(family, number, written):
+    """OneTrainer writes 2.2 for SD1, the webui's converter 2.1 for SDXL."""
+    assert keys.compvis_unet_name("up_blocks.0.upsamplers.0.conv", family) == f"output_blocks.2.{number}.conv"
+    name = keys.layer_name(f"unet.output_blocks.2.{written}.conv", family)
+    assert name == keys.kohya_name("unet", "up_blocks.0.upsamplers.0.conv", family)

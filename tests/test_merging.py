@@ -86,7 +86,7 @@ def test_rank_is_exact_or_at_most_the_one_asked_for() -> None:
 def test_layers_that_only_one_lora_touches_take_part() -> None:
     host = ToyHost()
     a, b = toy_lora(host, "a", 1), toy_lora(host, "b", 2)
-    only = "lora_unet_ff_net_2"
+    only = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
     b = replace(b, layers={name: layer for name, layer in b.layers.items() if name != only})
     result = merge(host, [Concept(a, "sks"), Concept(b, "zyk")], CLOSED)
     assert result.layers[only].rank == 2
@@ -129,8 +129,20 @@ def test_cancel_anywhere_leaves_the_model_alone(when: float) -> None:
 def test_refusals_name_the_lora_and_draw_nothing() -> None:
     host = ToyHost()
     good = toy_lora(host, "good", 1)
-    wide = replace(good, name="wide", layers={"lora_unet_ff_net_2": Layer(torch.ones(9, 1), torch.ones(1, 9), 1.0)})
-    foreign = replace(good, name="foreign", layers={"lora_unet_nowhere": good.layers["lora_unet_ff_net_2"]})
+    wide = replace(
+        good,
+        name="wide",
+        layers={
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": Layer(
+                torch.ones(9, 1), torch.ones(1, 9), 1.0
+            )
+        },
+    )
+    foreign = replace(
+        good,
+        name="foreign",
+        layers={"lora_unet_nowhere": good.layers["lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"]},
+    )
     xl = replace(good, name="xl", family="sdxl")
     cases = [
         ([], "choose at least one"),

@@ -29,7 +29,7 @@ class HalfHost(ToyHost):
         self.unet.outward.bias.data.zero_()
 
     def layers(self) -> dict[str, nn.Module]:
-        return {"lora_unet_ff_net_2": self.unet.ff}
+        return {"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": self.unet.ff}
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return self.unet(x.half(), t.half(), context.half()).float()

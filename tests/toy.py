@@ -49,11 +49,11 @@ class ToyHost:
     def layers(self) -> dict[str, nn.Module]:
         return {
             "lora_te_text_model_encoder_layers_0_mlp_fc1": self.text,
-            "lora_unet_attn2_to_q": self.unet.to_q,
-            "lora_unet_attn2_to_k": self.unet.to_k,
-            "lora_unet_attn2_to_v": self.unet.to_v,
-            "lora_unet_ff_net_2": self.unet.ff,
-            "lora_unet_proj_out": self.unet.outward,
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q": self.unet.to_q,
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": self.unet.to_k,
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v": self.unet.to_v,
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": self.unet.ff,
+            "lora_unet_mid_block_attentions_0_proj_out": self.unet.outward,
         }
 
     def encode(self, prompts: list[str]) -> Tensor:
