@@ -101,6 +101,12 @@ def canonical(key: str, family: Family = "sd1") -> tuple[str, str] | None:
     return _stem(part, path, family), suffix
 
 
+def layer_name(stem: str, family: Family = "sd1") -> str | None:
+    """The canonical name of the layer that a key's stem names; None if it is not understood."""
+    place = _place(stem.replace("base_model.model.", ""))
+    return None if place is None else _stem(*place, family)
+
+
 def detect_family(shapes: Mapping[str, Sequence[int]]) -> Family:
     """The model family that a LoRA file is for, from its keys and their tensor shapes.
 
