@@ -34,24 +34,22 @@ def read(tensors: Mapping[str, Tensor], family: Family) -> tuple[Embeddings, lis
         if not key.startswith(PREFIX):
             continue
         name, _, rest = key.removeprefix(PREFIX).partition(".")
-        encoder = _encoder(rest, tensor, family)
-        if not name or encoder is None or encoder in found.get(name, {}):
+        named, fits = rest.rpartition(".")[2], encoder(tensor, family)
+        misnamed = named.startswith("clip_") and named != fits
+        if not name or fits is None or misnamed or named.endswith("_out") or fits in found.get(name, {}):
             unused.append(key)
             continue
-        found.setdefault(name, {})[encoder] = vectors(tensor)
+        found.setdefault(name, {})[fits] = vectors(tensor)
     return found, unused
+
+
+def encoder(tensor: Tensor, family: Family) -> str | None:
+    """The encoder whose words have the width of this tensor; None if it is no embedding of the family."""
+    if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+        return None
+    return _ENCODERS[family].get(tensor.shape[-1])
 
 
 def vectors(tensor: Tensor) -> Tensor:
     """An embedding's tensor as float32 vectors (tokens, width), sharing no memory with the file."""
     return tensor.to(torch.float32, copy=True).reshape(-1, tensor.shape[-1])
-
-
-def _encoder(rest: str, tensor: Tensor, family: Family) -> str | None:
-    if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
-        return None
-    if rest.endswith("_out"):
-        return None
-    width = _ENCODERS[family].get(tensor.shape[-1])
-    named = rest.rpartition(".")[2]
-    return width if named not in ("clip_l", "clip_g", "clip_h") or named == width else None

@@ -43,8 +43,8 @@ class LoRA:
     layer_embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     def triggers(self) -> str:
-        """The text that most likely calls the concept: the user's own note, else what the metadata tells, else ""."""
-        return self.activation or trigger_from(self.metadata)
+        """What most likely calls the concept: the user's note, the metadata's, the words that come along, or ""."""
+        return self.activation or trigger_from(self.metadata) or " ".join([*self.layer_embeddings, *self.embeddings])
 
 
 def trigger_from(metadata: Mapping[str, str]) -> str:
@@ -172,7 +172,10 @@ _NOT_A_LORA = [
         re.compile(r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|conv_out)(_block)?"),
         "is a VAE, not a LoRA",
     ),
-    (re.compile(r"\.(oft_R|boft_R|ia3_l|q_layer|p_layer)\b"), "is of a kind that is not read (PEFT's OFT, BOFT or IA3)"),
+    (
+        re.compile(r"\.(oft_R|boft_R|ia3_l|q_layer|p_layer)\b"),
+        "is of a kind that is not read (PEFT's OFT, BOFT or IA3)",
+    ),
     (re.compile(r"^(unet\.)?(down_blocks|up_blocks|mid_block|conv_in|conv_out)\."), "is a UNet, not a LoRA"),
     (re.compile(r"^(text_encoder\.)?text_model\."), "is a text encoder, not a LoRA"),
 ]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from loraclr import capture, files, prompts
 from loraclr.capture import Bank, Changes
 from loraclr.factor import truncate
+from loraclr.formats import Norm
+from loraclr.formats.change import in_words
 from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
@@ -143,16 +145,23 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
             raise ValueError(
                 f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
             )
+        norms = sorted(layer_name for layer_name, layer in lora.layers.items() if isinstance(layer, Norm))
+        if norms:
+            raise ValueError(f"{name} changes norm layers ({norms[0]}), which cannot be merged yet: leave it out.")
         missing = sorted(set(lora.layers) - set(modules))
         if missing:
             raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
         for layer_name, layer in lora.layers.items():
-            weight = modules[layer_name].weight
-            asked, there = (layer.up.shape[0], layer.down.shape[1]), (weight.shape[0], weight[0].numel())
-            if asked != there:
+            there = tuple(modules[layer_name].weight.shape)
+            if not layer.fits(there):
+                size, matrix = in_words(layer.size), in_words((there[0], math.prod(there[1:])))
                 raise ValueError(
-                    f"{name} does not fit the loaded model: its {layer_name} is {asked[0]}×{asked[1]}, "
-                    f"the model's {there[0]}×{there[1]}. It was made for another model family."
+                    f"{name} does not fit the loaded model: its {layer_name} is {size}, "
+                    f"the model's {matrix}. It was made for another model family."
+                )
+            if layer.bias is not None:
+                raise ValueError(
+                    f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."
                 )
 
 
@@ -198,8 +207,9 @@ class _Run:
     def __init__(self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress) -> None:
         self.host, self.settings, self.progress = host, settings, progress
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
+        live = host.layers()
         self.asked: list[Changes] = [
-            *(capture.changes_of(concept.lora, concept.weight, concept.text_weight) for concept in concepts),
+            *(capture.changes_of(concept.lora, live, concept.weight, concept.text_weight) for concept in concepts),
             {},
         ]
         self.texts = [
@@ -207,7 +217,7 @@ class _Run:
             list(settings.neutral_prompts),
         ]
         touched = {name for changes in self.asked for name in changes}
-        self.modules = {name: module for name, module in host.layers().items() if name in touched}
+        self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
         self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
         self.generator = torch.Generator().manual_seed(settings.seed)

@@ -34,7 +34,7 @@ def test_one_lora_merges_to_itself() -> None:
     assert result.layers.keys() == lora.layers.keys()
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
     for prompt in ("a photo of a sks", "a sks on a red background"):
-        wanted = predictions(host, changes_of(lora, 0.7), prompt)
+        wanted = predictions(host, changes_of(lora, host.layers(), 0.7), prompt)
         torch.testing.assert_close(predictions(host, merged, prompt), wanted, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(predictions(host, {}, prompt), wanted, atol=0.02)
     assert result.missed["one"][0] < 1e-4
@@ -46,7 +46,7 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
     concepts = [Concept(lora, trigger) for lora, trigger in zip(loras, ("sks", "zyk"), strict=True)]
     result = merge(host, concepts, CLOSED)
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
-    asked = [changes_of(lora) for lora in loras]
+    asked = [changes_of(lora, host.layers()) for lora in loras]
     total = {name: tuple(torch.cat([c[name][k] for c in asked], 1 - k) for k in (0, 1)) for name in asked[0]}
     for changes, trigger in zip(asked, ("sks", "zyk"), strict=True):
         wanted = predictions(host, changes, f"a photo of a {trigger}")

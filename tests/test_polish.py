@@ -55,7 +55,7 @@ def test_every_eighth_entry_is_kept_out() -> None:
 
 def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
     host = ToyHost()
-    changes = changes_of(toy_lora(host, "a", 1))
+    changes = changes_of(toy_lora(host, "a", 1), host.layers())
     banks = [bank_of(host, changes, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
     assert held_out(host, host.layers(), changes, banks, 5)[0] < 1e-9
     assert abs(held_out(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
@@ -63,7 +63,9 @@ def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
 
 
 def run(host: ToyHost, steps: int = 30):
-    teacher, start = changes_of(toy_lora(host, "a", 1)), changes_of(toy_lora(host, "b", 2, size=0.1))
+    layers = host.layers()
+    teacher = changes_of(toy_lora(host, "a", 1), layers)
+    start = changes_of(toy_lora(host, "b", 2, size=0.1), layers)
     banks = [bank_of(host, teacher, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
     told = []
     result = polish(host, host.layers(), start, banks, [1.0, 0.3], steps, 8, 0, lambda *tick: told.append(tick))

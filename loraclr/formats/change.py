@@ -104,7 +104,9 @@ class Change:
                 raise ValueError(f"a {self.format} change depends on the base weight")
             return self._delta(None).flatten(1)
         if not self.fits(tuple(base_weight.shape)):
-            raise ValueError(f"a change of {in_words(self.size)} does not fit a weight of {in_words(base_weight.shape)}")
+            raise ValueError(
+                f"a change of {in_words(self.size)} does not fit a weight of {in_words(base_weight.shape)}"
+            )
         # A host may be inside autocast, which would turn the products into half precision.
         with torch.no_grad(), torch.autocast(base_weight.device.type, enabled=False):
             return self._delta(base_weight.detach().float()).reshape(base_weight.shape)

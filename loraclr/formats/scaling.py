@@ -35,7 +35,7 @@ class Scaling:
             return self._of_peft(stem, rank)
         value = float(alpha)
         if rank is None:
-            # LyCORIS does not scale it, but stores alpha = rank; rank-stabilised it scales by √rank, alpha = rank·√rank.
+            # LyCORIS does not scale it and stores alpha = rank; rank-stabilised it scales by √rank, alpha = rank·√rank.
             return value ** (1 / 3) if self.stabilised else 1.0
         return value / math.sqrt(rank) if glora and self.stabilised else value / rank
 
@@ -43,12 +43,16 @@ class Scaling:
         """PEFT's alpha/r for a layer, 1 if the metadata do not tell it."""
         stem = stem.removeprefix("base_model.model.")
         part, _, module = stem.partition(".")
-        config = {key.removeprefix(f"{part}."): value for key, value in self.config.items() if key.startswith(f"{part}.")}
+        config = {
+            key.removeprefix(f"{part}."): value for key, value in self.config.items() if key.startswith(f"{part}.")
+        }
         if not config:
             config, module = self.config, stem
         try:
             r = rank or float(_for_module(config, "rank_pattern", module, config.get("r", 1)))
-            alpha = float(_for_module(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha", r))))
+            alpha = float(
+                _for_module(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha", r)))
+            )
             # Rank-stabilised LoRA divides by the root of the rank instead of the rank.
             return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error):

@@ -23,8 +23,8 @@ _MAGNITUDE = re.compile(r"(?P<stem>.+?)\.lora_magnitude_vector(\.[^.]+)?(\.weigh
 def splitter(kinds: tuple[type[Change], ...]):
     """A function that splits a key into stem and suffix, or says None if it ends in nothing that a kind owns.
 
-    Low-rank keys get kohya's suffixes (``lora_up.weight``, ``lora_down.weight``, ``lora_mid.weight``, ``lora_up.bias``),
-    all others keep their own.
+    Low-rank keys get kohya's suffixes (``lora_up.weight``, ``lora_down.weight``, ``lora_mid.weight``) and
+    ``lora_up.bias``, all others keep their own.
     """
     owned = frozenset().union(*(kind.owns | kind.marks for kind in kinds)) | dora.SUFFIXES
     rest = sorted(re.escape(suffix) for suffix in owned)
