@@ -41,7 +41,8 @@ _IMPLEMENTATION: dict[Family, str] = {
 def load(path: str | os.PathLike[str]) -> LoRA:
     """Read a LoRA from a .safetensors file, or from one of PyTorch's own without running what may be in it.
 
-    PEFT's adapter_config.json beside an adapter_model.safetensors tells its scale. Raises LoRAFormatError with one sentence that names the file, what is wrong with it and what to do.
+    PEFT's adapter_config.json beside an adapter_model.safetensors tells its scale. Raises LoRAFormatError with one
+    sentence that names the file, what is wrong with it and what to do.
     """
     path = Path(path)
     if not path.is_file():
