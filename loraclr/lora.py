@@ -172,10 +172,8 @@ _NOT_A_LORA = [
         re.compile(r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|conv_out)(_block)?"),
         "is a VAE, not a LoRA",
     ),
-    (
-        re.compile(r"\.(oft_R|boft_R|ia3_l|q_layer|p_layer)\b"),
-        "is of a kind that is not read (PEFT's OFT, BOFT or IA3)",
-    ),
+    (re.compile(r"\.(oft_R|boft_R|ia3_l)\b"), "is PEFT's OFT, BOFT or IA3, which are not read"),
+    (re.compile(r"\.lambda_layer$"), "is a T-LoRA, which is not read"),
     (re.compile(r"^(unet\.)?(down_blocks|up_blocks|mid_block|conv_in|conv_out)\."), "is a UNet, not a LoRA"),
     (re.compile(r"^(text_encoder\.)?text_model\."), "is a text encoder, not a LoRA"),
 ]
