@@ -128,6 +128,10 @@ class Change:
         identity = torch.eye(min(delta.shape), device=delta.device)
         return (identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)
 
+    def norm(self) -> float:
+        """‖ΔW‖, the Frobenius norm, for the kinds that do not depend on the base weight; else ValueError."""
+        return float(torch.linalg.vector_norm(self.delta(), dtype=torch.float64))
+
     def _delta(self, base: Tensor | None) -> Tensor:
         """ΔW with two or more dimensions, its elements in the base weight's order."""
         raise NotImplementedError

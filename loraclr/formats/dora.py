@@ -27,7 +27,7 @@ class DoRA(Change):
 
     @property
     def format(self) -> str:
-        return f"DoRA {self.inner.format}"
+        return f"{self.inner.format} with DoRA"
 
     @property
     def needs_base(self) -> bool:

@@ -61,6 +61,11 @@ class Layer(Change):
     def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
         return self.up.to(base_weight.device) * self.scale, self.down.to(base_weight.device)
 
+    def norm(self) -> float:
+        up, down = self.up.double(), self.down.double()  # ‖up @ down‖² = tr((upᵀ up)(down downᵀ)), no (o, d) matrix
+        squared = float(((up.T @ up) * (down @ down.T)).sum())
+        return abs(self.scale) * max(squared, 0.0) ** 0.5
+
     def _delta(self, base: Tensor | None) -> Tensor:
         device = self.up.device if base is None else base.device
         return self.scale * (self.up.to(device) @ self.down.to(device))
