@@ -107,6 +107,12 @@ def layer_name(stem: str, family: Family = "sd1") -> str | None:
     return None if place is None else _stem(*place, family)
 
 
+def fused(stem: str, family: Family = "sd1") -> tuple[str, str, str] | None:
+    """The canonical names of q, k and v where a stem names OpenCLIP's fused projection of all three; else None."""
+    match = re.fullmatch(r"(lora_te2?_text_model_encoder_layers_\d+_self_attn)_in_proj", layer_name(stem, family) or "")
+    return tuple(f"{match[1]}_{letter}_proj" for letter in "qkv") if match else None
+
+
 def detect_family(shapes: Mapping[str, Sequence[int]]) -> Family:
     """The model family that a LoRA file is for, from its keys and their tensor shapes.
 

@@ -81,45 +81,56 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str,
     unused += lost
     scaling = Scaling(metadata)
     layers: dict[str, Change] = {}
-    for layer_name, parts in grouped.items():
-        change, used = _change(layer_name, parts, sources[layer_name], scaling, title)
-        if change is not None:
-            layers[layer_name] = change
-        unused += [source for suffix, source in sources[layer_name].items() if suffix not in used]
+    for names, parts in grouped.items():
+        changes, used = _changes(names, parts, sources[names], scaling, title)
+        for layer_name in changes.keys() & layers.keys():
+            raise LoRAFormatError(f"{title} has {layer_name} twice, alone and fused; save it again with one of them.")
+        layers |= changes
+        unused += [source for suffix, source in sources[names].items() if suffix not in used]
     if not layers:
         raise LoRAFormatError(f"{title} {_what_else(unused)}; choose a LoRA file.")
     return LoRA(name, path, family, layers, dict(metadata), tuple(sorted(unused)), embeddings=words)
 
 
+#: The layers that one group of tensors changes: one, or q, k and v where the file has them fused.
+Names = tuple[str, ...]
+
+
 def _grouped(
     tensors: Mapping[str, Tensor], family: keys.Family, title: str
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, str]], list[str]]:
+) -> tuple[dict[Names, dict[str, Tensor]], dict[Names, dict[str, str]], list[str]]:
     """Tensors by layer and suffix, the keys that they come from, and the keys that no layer has."""
-    grouped: dict[str, dict[str, Tensor]] = {}
-    sources: dict[str, dict[str, str]] = {}
+    grouped: dict[Names, dict[str, Tensor]] = {}
+    sources: dict[Names, dict[str, str]] = {}
     unused = []
     for key, tensor in tensors.items():
         if key.startswith(embeddings.PREFIX):
             continue
         split = formats.split(key)
-        layer_name = None if split is None else keys.layer_name(split[0], family)
-        if split is None or layer_name is None:
+        names = None if split is None else _names(split[0], family)
+        if split is None or names is None:
             unused.append(key)
             continue
         suffix = split[1]
-        before = sources.setdefault(layer_name, {}).setdefault(suffix, key)
+        before = sources.setdefault(names, {}).setdefault(suffix, key)
         if before != key:
             raise LoRAFormatError(
                 f"{title} has one layer twice, as {before} and {key}; save it again with one naming scheme."
             )
-        grouped.setdefault(layer_name, {})[suffix] = tensor
+        grouped.setdefault(names, {})[suffix] = tensor
     return grouped, sources, unused
 
 
-def _change(
-    layer_name: str, tensors: Mapping[str, Tensor], sources: Mapping[str, str], scaling: Scaling, title: str
-) -> tuple[Change | None, frozenset[str]]:
-    """One layer's change and the suffixes that it is made of; every ValueError becomes a sentence about the file."""
+def _names(stem: str, family: keys.Family) -> Names | None:
+    layer_name = keys.layer_name(stem, family)
+    return keys.fused(stem, family) or (None if layer_name is None else (layer_name,))
+
+
+def _changes(
+    names: Names, tensors: Mapping[str, Tensor], sources: Mapping[str, str], scaling: Scaling, title: str
+) -> tuple[dict[str, Change], frozenset[str]]:
+    """What a group of tensors changes, and the suffixes of it; every ValueError becomes a sentence about the file."""
+    layer_name = " + ".join(names)
     alpha = tensors.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise LoRAFormatError(
@@ -133,11 +144,17 @@ def _change(
     if any(kind.claims(parts) for kind in formats.KINDS):
         _check_values(layer_name, tensors, title)
     try:
-        return formats.read(parts)
+        change, used = formats.read(parts)
     except Incomplete as suffix:
         raise LoRAFormatError(f"{title} is incomplete: {layer_name} has no {suffix}; get the file again.") from suffix
     except ValueError as error:
         raise LoRAFormatError(f"{title} is damaged: in {layer_name}, {error}; get the file again.") from error
+    if change is None or len(names) == 1:
+        return {name: change for name in names if change is not None}, used
+    try:
+        return {name: change.rows(part, len(names)) for part, name in enumerate(names)}, used
+    except ValueError as error:
+        raise LoRAFormatError(f"{title} cannot be read: in {layer_name}, {error}; leave it out.") from error
 
 
 def _check_values(layer_name: str, tensors: Mapping[str, Tensor], title: str) -> None:

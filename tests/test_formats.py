@@ -209,6 +209,48 @@ def test_set_weight_replaces_the_weight_and_a_bias_alone_changes_only_itself() -
     torch.testing.assert_close(lora.layers[CONV].bias_delta(), bias)
 
 
+FUSED = "lora_te2_text_model_encoder_layers_0_self_attn_in_proj"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [(a, o) for a in ("LoRA", "LoHa", "LoKr") for o in ({}, {"weight_decompose": True})] + [("full", {})],
+)
+def test_a_fused_projection_is_taken_apart(algorithm: str, options: dict) -> None:
+    layer = nn.Linear(16, 48)
+    module = trained(algorithm, layer, **options)
+    tensors = {f"{FUSED}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+    lora = parse(tensors, {}, "x")
+    names = [FUSED.replace("in_proj", f"{letter}_proj") for letter in "qkv"]
+    assert list(lora.layers) == names and lora.unused == ()
+    whole = added(layer, module)
+    for name, weight, expected in zip(names, layer.weight.detach().chunk(3), whole.chunk(3), strict=True):
+        assert away(lora.layers[name].delta(weight), expected) < 1e-5
+        up, down = lora.layers[name].factors(weight)
+        assert away(up @ down, expected) < 1e-5
+    if algorithm == "full":
+        biases = [lora.layers[name].bias_delta() for name in names]
+        torch.testing.assert_close(torch.cat(biases), module.get_diff_weight()[1].detach())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [("IA3", {}), ("GLoRA", {}), ("OFT", {}), ("LoRA", {"weight_decompose": True})]
+)
+def test_what_looks_at_the_whole_fused_weight_is_refused(algorithm: str, options: dict) -> None:
+    module = trained(algorithm, nn.Linear(16, 48), wd_on_out=False, **options)
+    tensors = {f"{FUSED}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+    with pytest.raises(LoRAFormatError, match="^bad cannot be read: in .*q_proj.*cannot be taken apart into 3"):
+        parse(tensors, {}, "bad")
+
+
+def test_a_layer_alone_and_fused_is_refused() -> None:
+    module = trained("LoRA", nn.Linear(16, 48))
+    tensors = {f"{FUSED}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+    alone = {key.replace("in_proj", "k_proj"): tensor for key, tensor in tensors.items()}
+    with pytest.raises(LoRAFormatError, match="^bad has .*k_proj twice, alone and fused"):
+        parse(tensors | alone, {}, "bad")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_change_that_does_not_fit_a_weight_says_both_shapes(algorithm: str) -> None:
     change = read(LINEAR, trained(algorithm, nn.Linear(24, 16), lora_dim=4))

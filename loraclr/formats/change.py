@@ -128,6 +128,19 @@ class Change:
         identity = torch.eye(min(delta.shape), device=delta.device)
         return (identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)
 
+    def rows(self, part: int, parts: int) -> Change:
+        """The change of one of `parts` projections that a fused one holds, one below the other.
+
+        Raises ValueError for kinds that look at the whole fused weight, and for rows that cannot be divided.
+        """
+        rows, _ = self.size
+        if self.needs_base or rows is None or rows % parts:
+            raise ValueError(f"a {self.format} change of {in_words(self.size)} cannot be taken apart into {parts}")
+        return Rows(self, part, parts, bias=self._bias_of(part, parts))
+
+    def _bias_of(self, part: int, parts: int) -> Tensor | None:
+        return None if self.bias is None else self.bias.chunk(parts)[part]
+
     def norm(self) -> float:
         """‖ΔW‖, the Frobenius norm, for the kinds that do not depend on the base weight; else ValueError."""
         return float(torch.linalg.vector_norm(self.delta(), dtype=torch.float64))
@@ -135,6 +148,31 @@ class Change:
     def _delta(self, base: Tensor | None) -> Tensor:
         """ΔW with two or more dimensions, its elements in the base weight's order."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Change):
+    """The rows of a fused projection's change that belong to one of the projections in it: number `part` of `parts`."""
+
+    fused: Change
+    part: int
+    parts: int
+
+    @property
+    def format(self) -> str:
+        return self.fused.format
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        rows, columns = self.fused.size
+        return None if rows is None else rows // self.parts, columns
+
+    @property
+    def rank(self) -> int | None:
+        return self.fused.rank
+
+    def _delta(self, base: Tensor | None) -> Tensor:
+        return on(base, self.fused.delta().chunk(self.parts)[self.part])[0]
 
 
 def in_words(size: Iterable[int | None]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class DoRA(Change):
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.inner.fits(shape) and len(shape) > 1 and shape[1 if self.on_input else 0] == len(self.lengths)
+
+    def rows(self, part: int, parts: int) -> Change:
+        if self.on_input:
+            return super().rows(part, parts)  # its norms run over all of the fused rows
+        inner, lengths = self.inner.rows(part, parts), self.lengths.chunk(parts)[part]
+        return replace(self, inner=inner, lengths=lengths, bias=self._bias_of(part, parts))
 
     def _delta(self, base: Tensor | None) -> Tensor:
         changed = base + self.inner.delta(base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,6 +60,12 @@ class Layer(Change):
 
     def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
         return self.up.to(base_weight.device) * self.scale, self.down.to(base_weight.device)
+
+    def rows(self, part: int, parts: int) -> Change:
+        if self.size[0] % parts:
+            return super().rows(part, parts)
+        up = self.up.chunk(parts)[part]
+        return replace(self, up=up, bias=self._bias_of(part, parts))
 
     def norm(self) -> float:
         up, down = self.up.double(), self.down.double()  # ‖up @ down‖² = tr((upᵀ up)(down downᵀ)), no (o, d) matrix
