@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraclr import capture, files, prompts
 from loraclr.capture import Bank, Changes
-from loraclr.factor import truncate
+from loraclr.factor import Rank, truncate
 from loraclr.formats import Norm
 from loraclr.formats.change import in_words
 from loraclr.hosts import Host
@@ -60,7 +60,8 @@ class Settings:
 
     Attributes:
         speed: how long to polish (POLISH_STEPS).
-        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks.
+        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
+            the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
@@ -70,7 +71,7 @@ class Settings:
     """
 
     speed: Speed = "fast"
-    rank: int | None = None
+    rank: Rank = None
     neutral: float = 0.3
     anchor: float = 0.0
     ridge: float = 1e-3

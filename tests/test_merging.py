@@ -175,6 +175,15 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
     assert host.drawn == 0
 
 
+def test_auto_takes_the_rank_that_each_layer_needs() -> None:
+    host = ToyHost()
+    concepts = [Concept(toy_lora(host, name, seed), word) for name, seed, word in (("a", 1, "sks"), ("b", 2, "zyk"))]
+    exact = merge(host, concepts, CLOSED)
+    small = merge(host, concepts, replace(CLOSED, rank="auto"))
+    ranks = {name: (layer.rank, exact.layers[name].rank) for name, layer in small.layers.items()}
+    assert all(ours <= most for ours, most in ranks.values()) and any(ours < most for ours, most in ranks.values())
+
+
 def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
     host = ToyHost()
     concepts = [Concept(toy_lora(host, "tiger", 1), "sks"), Concept(toy_lora(host, "panda", 2), "zyk", weight=0.8)]
