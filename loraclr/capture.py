@@ -32,11 +32,13 @@ def changes_of(
 ) -> Changes:
     """A LoRA's exact factors at a strength for the UNet and one for the text encoder (None: the same), on the CPU.
 
-    modules: the live layers by canonical name; some kinds of change depend on their weights.
+    modules: the live layers by canonical name; some kinds of change depend on their weights. Raises ValueError, one
+    sentence, if a change does not fit its layer.
     """
     text_weight = weight if text_weight is None else text_weight
     changes = {}
     for name, layer in lora.layers.items():
+        lora.check_fits(name, modules[name].weight)
         up, down = layer.factors(modules[name].weight)
         changes[name] = up.cpu() * (text_weight if is_text(name) else weight), down.cpu()
     return changes

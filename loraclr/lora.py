@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from loraclr import embeddings, formats, keys
 from loraclr.formats import Change, Incomplete, Layer, Parts
+from loraclr.formats.change import in_words
 from loraclr.formats.scaling import Scaling
 
 __all__ = ["Change", "Layer", "LoRA", "LoRAFormatError", "parse", "trigger_from"]
@@ -41,6 +43,15 @@ class LoRA:
     activation: str = ""
     embeddings: embeddings.Embeddings = field(default_factory=dict)
     layer_embeddings: dict[str, Tensor] = field(default_factory=dict)
+
+    def check_fits(self, layer_name: str, weight: Tensor) -> None:
+        """Raise ValueError, one sentence with both shapes, if a layer's change does not fit the model's weight."""
+        layer, there = self.layers[layer_name], tuple(weight.shape)
+        if not layer.fits(there):
+            raise ValueError(
+                f"{self.name} does not fit the loaded model: its {layer_name} is {in_words(layer.size)}, "
+                f"the model's {in_words((there[0], math.prod(there[1:])))}. It was made for another model family."
+            )
 
     def triggers(self) -> str:
         """What most likely calls the concept: the user's note, the metadata's, the words that come along, or ""."""

@@ -16,7 +16,6 @@ from loraclr import capture, files, prompts
 from loraclr.capture import Bank, Changes
 from loraclr.factor import Rank, truncate
 from loraclr.formats import Norm
-from loraclr.formats.change import in_words
 from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
@@ -153,13 +152,7 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
         if missing:
             raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
         for layer_name, layer in lora.layers.items():
-            there = tuple(modules[layer_name].weight.shape)
-            if not layer.fits(there):
-                size, matrix = in_words(layer.size), in_words((there[0], math.prod(there[1:])))
-                raise ValueError(
-                    f"{name} does not fit the loaded model: its {layer_name} is {size}, "
-                    f"the model's {matrix}. It was made for another model family."
-                )
+            lora.check_fits(layer_name, modules[layer_name].weight)
             if layer.bias is not None:
                 raise ValueError(
                     f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."

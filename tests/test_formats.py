@@ -339,6 +339,23 @@ def test_whatever_is_missing_a_layer_is_read_or_refused_in_a_sentence(data: st.D
         assert set(lora.layers) == {stem} and set(lora.unused) <= kept
 
 
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [
+        (".lora_up.weight", ".lora_down.weight"),
+        (".lora_B.weight", ".lora_A.weight"),
+        (".lora.up.weight", ".lora.down.weight"),
+        ("_lora.up.weight", "_lora.down.weight"),
+        (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+    ],
+)
+def test_every_spelling_of_a_low_rank_layer_is_the_same_change(up: str, down: str) -> None:
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = torch.randn(16, 4), torch.randn(4, 24)
+    lora = parse({f"{path}{up}": factors[0], f"{path}{down}": factors[1]}, {}, "x")
+    torch.testing.assert_close(lora.layers[LINEAR].delta(), factors[0] @ factors[1])
+
+
 def test_every_suffix_splits_in_every_spelling() -> None:
     spelled = {
         "lora_up.weight": ["lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"],

@@ -72,6 +72,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_deltas_are_what_peft_merges(name: str, unet: nn.Module, tmp_path) -> None:
     """A folder that PEFT saves: the scale lies in adapter_config.json beside the file."""
