@@ -301,6 +301,8 @@ class _Run:
         self.tick(stage)
         for name, statistics in self.statistics.items():
             up, down = statistics.solve(self.settings.ridge)
+            if up.shape[1] > min(up.shape[0], down.shape[1]):
+                up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
             if self.settings.rank is not None:
                 self.grams[name] = statistics.gram.cpu()

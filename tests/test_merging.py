@@ -64,6 +64,24 @@ def test_layers_of_every_kind_merge_to_themselves_from_the_live_weights() -> Non
     assert not torch.allclose(predictions(host, {}, "a photo of a sks"), wanted, atol=0.02)
 
 
+def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(monkeypatch) -> None:
+    host = ToyHost()
+    seen = {}
+
+    def no_polish(_host, _modules, merged, *_):
+        seen.update(merged)
+        return merged
+
+    monkeypatch.setattr("loraclr.merging.polish", no_polish)
+    name = "lora_unet_ff_net_2"
+    loras = [LoRA(str(k), None, "sd1", {name: Full(torch.randn(8, 8) * 0.2)}) for k in range(3)]
+    concepts = [Concept(lora, word) for lora, word in zip(loras, ("sks", "zyk", "ohwx"), strict=True)]
+    result = merge(host, concepts, replace(CLOSED, speed="fast"))
+    assert seen[name][0].shape == seen[name][1].shape == (8, 8)
+    exact = merge(host, concepts, CLOSED)
+    torch.testing.assert_close(result.layers[name].delta(), exact.layers[name].delta(), rtol=1e-4, atol=1e-5)
+
+
 def test_two_loras_closer_than_base_and_than_their_sum() -> None:
     host = ToyHost()
     loras = [toy_lora(host, name, seed) for seed, name in enumerate(("a", "b"), start=1)]
