@@ -35,12 +35,12 @@ def read(content: Mapping[str, Any], name: str, path: Path | None = None) -> LoR
     tensors = {
         f"{part}.{key}": tensor
         for part in _PARTS
-        for key, tensor in (params.get(part) or {}).items()
+        for key, tensor in _dict(params, part).items()
         if isinstance(tensor, Tensor)
     }
     lora = parse(tensors, {}, name, path)
     plain, by_layer, unused = dict(lora.embeddings), {}, list(lora.unused)
-    for word, tensor in (params.get(_WORDS) or {}).items():
+    for word, tensor in _dict(params, _WORDS).items():
         encoder = embeddings.encoder(tensor, lora.family) if isinstance(tensor, Tensor) else None
         if encoder is None:
             unused.append(f"{_WORDS}.{word}")
@@ -49,3 +49,8 @@ def read(content: Mapping[str, Any], name: str, path: Path | None = None) -> LoR
         else:
             plain[str(word)] = {encoder: embeddings.vectors(tensor)}
     return replace(lora, embeddings=plain, layer_embeddings=by_layer, unused=tuple(sorted(unused)))
+
+
+def _dict(params: Mapping[str, Any], name: str) -> dict:
+    value = params.get(name)
+    return value if isinstance(value, dict) else {}

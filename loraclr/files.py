@@ -69,8 +69,9 @@ def _from_torch(path: Path) -> LoRA:
     content = pickled.load(path)
     if edlora.is_edlora(content):
         return edlora.read(content, path.stem, path)
-    nested = content.get("state_dict", content)
-    tensors = {key: tensor for key, tensor in nested.items() if isinstance(tensor, Tensor)}
+    nested = content.get("state_dict")
+    flat = nested if isinstance(nested, dict) else content
+    tensors = {str(key): tensor for key, tensor in flat.items() if isinstance(tensor, Tensor)}
     return parse(tensors, {}, path.stem, path)
 
 

@@ -22,7 +22,7 @@ def load(path: Path) -> dict:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rpartition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise LoRAFormatError(
             f"{path.name} is cut off or is not a file that PyTorch 1.6 or newer has saved; convert it to .safetensors."
         ) from error

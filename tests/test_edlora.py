@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from loraclr import files
@@ -114,6 +116,8 @@ BAD = {
     "a tensor": (saved(torch.ones(2)), "holds a Tensor, not a LoRA"),
     "no lora": (saved({"a": torch.ones(2)}), "holds no LoRA layers"),
     "nothing": (saved({}), "is empty"),
+    "odd names": (saved({1: torch.ones(2), "state_dict": 3}), "holds no LoRA layers"),
+    "odd parts": (saved({"params": {"unet": {}, "text_encoder": torch.ones(2)}}), "is empty"),
     "words only": (saved({"params": {"unet": {}}}), "is empty"),
 }
 
@@ -125,6 +129,20 @@ def test_every_bad_file_gets_one_sentence(tmp_path, kind):
     with pytest.raises(LoRAFormatError, match=message) as error:
         files.load(tmp_path / "bad.pth")
     assert re.fullmatch(r"bad\.pth [^\n]+; [^\n]+\.", str(error.value))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_file_with_wrong_bytes_loads_or_is_refused(tmp_path, data):
+    small = {"params": {"unet": {f"{CROSS}.lora_{side}.weight": torch.ones(2, 2) for side in ("up", "down")}}}
+    content = bytearray(saved(small))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    (tmp_path / "bad.pth").write_bytes(content)
+    try:
+        assert files.load(tmp_path / "bad.pth").layers
+    except LoRAFormatError as error:
+        assert str(error).startswith("bad.pth ") and "\n" not in str(error)
 
 
 def test_no_file_runs_code(tmp_path):

@@ -243,6 +243,11 @@ def test_what_looks_at_the_whole_fused_weight_is_refused(algorithm: str, options
         parse(tensors, {}, "bad")
 
 
+def test_a_fused_bias_alone_is_taken_apart() -> None:
+    lora = parse({f"{FUSED}.diff_b": torch.arange(48.0)}, {}, "x")
+    torch.testing.assert_close(lora.layers[FUSED.replace("in_proj", "v_proj")].bias_delta(), torch.arange(32.0, 48.0))
+
+
 def test_a_layer_alone_and_fused_is_refused() -> None:
     module = trained("LoRA", nn.Linear(16, 48))
     tensors = {f"{FUSED}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}

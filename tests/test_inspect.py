@@ -73,6 +73,15 @@ def test_sizes_add_up_in_squares(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "every key was understood" in told and "none are told" in told and "none are bundled" in told
 
 
+def test_an_edloras_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    unet = {f"{path}.lora_up.weight": torch.ones(8, 2), f"{path}.lora_down.weight": torch.ones(2, 768)}
+    words = {"<potter1>": torch.ones(16, 768)}
+    torch.save({"params": {"unet": unet, "new_concept_embedding": words}}, tmp_path / "x.pth")
+    assert main(["inspect", str(tmp_path / "x.pth")]) == 0
+    assert "<potter1>: one for each of 16 cross-attention layers, width 768" in capsys.readouterr().out
+
+
 def test_bad_files_get_a_sentence_each_and_the_good_ones_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

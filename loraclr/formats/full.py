@@ -70,5 +70,8 @@ class Bias(Change):
     def size(self) -> tuple[None, None]:
         return None, None
 
+    def rows(self, part: int, parts: int) -> Bias:
+        return Bias(bias=self._bias_of(part, parts))
+
     def _delta(self, base: Tensor | None) -> Tensor:
         return torch.zeros_like(base)
