@@ -1,4 +1,4 @@
-"""The command line: `python -m loraclr merge …` and `python -m loraclr demo`."""
+"""The command line: `python -m loraclr merge …`, `inspect FILE…` and `demo`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from loraclr.cli import Refused, demo, merge
+from loraclr.cli import Refused, demo, inspect, merge
 
 CANCELLED = 130  # what shells give for Ctrl-C
 
@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="command")
     for command, text in (
         (merge, "merge LoRA files into one"),
+        (inspect, "tell what is in LoRA files"),
         (demo, "merge the miniature's LoRAs and judge the result"),
     ):
         name = command.__name__.rpartition(".")[2]

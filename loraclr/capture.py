@@ -27,13 +27,21 @@ def is_cross_kv(name: str) -> bool:
     return name.endswith(("attn2_to_k", "attn2_to_v"))
 
 
-def changes_of(lora: LoRA, weight: float = 1.0, text_weight: float | None = None) -> Changes:
-    """A LoRA's factors at a strength for the UNet and one for the text encoder (None: the same)."""
+def changes_of(
+    lora: LoRA, modules: Mapping[str, nn.Module], weight: float = 1.0, text_weight: float | None = None
+) -> Changes:
+    """A LoRA's exact factors at a strength for the UNet and one for the text encoder (None: the same), on the CPU.
+
+    modules: the live layers by canonical name; some kinds of change depend on their weights. Raises ValueError, one
+    sentence, if a change does not fit its layer.
+    """
     text_weight = weight if text_weight is None else text_weight
-    strength = {True: text_weight, False: weight}
-    return {
-        name: (layer.up * (layer.scale * strength[is_text(name)]), layer.down) for name, layer in lora.layers.items()
-    }
+    changes = {}
+    for name, layer in lora.layers.items():
+        lora.check_fits(name, modules[name].weight)
+        up, down = layer.factors(modules[name].weight)
+        changes[name] = up.cpu() * (text_weight if is_text(name) else weight), down.cpu()
+    return changes
 
 
 @contextmanager

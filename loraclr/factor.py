@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from loraclr.solve import float64_device
 
+#: A number, "auto" for the smallest rank that keeps SHARE of a layer's output energy, None for ΔW's own rank.
+Rank = int | Literal["auto"] | None
 
-def truncate(up: Tensor, down: Tensor, rank: int | None = None, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+SHARE = 0.995
+
+
+def truncate(
+    up: Tensor, down: Tensor, rank: Rank = None, gram: Tensor | None = None, share: float = SHARE
+) -> tuple[Tensor, Tensor]:
     """The best factors of at most the given rank, in the norm of what the layer puts out.
 
     up: (o, R), down: (R, d), gram: (d, d) = XᵀX of the layer's inputs. Returns (o, r) and (r, d), r ≤ rank, of the
     dtype of `up`, which minimise ‖(ΔW − ΔW')G^½‖_F; without gram, plain ‖ΔW − ΔW'‖_F (Eckart-Young). ΔW itself comes
-    back, up to rounding, when its rank is at most `rank`, or when `rank` is None. Singular values are split evenly
+    back, up to rounding, when its rank is at most `rank`, or when `rank` is None. With "auto" r is the smallest with
+    which `kept` is at least `share`. Singular values are split evenly
     between the factors. The work is done in float64 and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors
     of zeros.
     """
-    if rank is not None and rank < 1:
+    if isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, but must be above 0 and at most 1")
     dtype, device = up.dtype, float64_device(up.device)
     base, rest = _orthonormal(up.to(device, torch.float64), down.to(device, torch.float64))
-    if rank is not None and base.shape[1] > rank:
+    if rank == "auto" or (rank is not None and base.shape[1] > rank):
         # The best ΔW' in the weighted norm is ΔW projected on the leading output directions of ΔW G^½, that is on the
         # leading eigenvectors of ΔW G ΔWᵀ: no square root of the d×d Gram is needed, only this R×R matrix.
         weighted = rest if gram is None else rest @ gram.to(rest)
-        leading = torch.linalg.eigh(weighted @ rest.T).eigenvectors[:, -rank:]
+        energies, directions = torch.linalg.eigh(weighted @ rest.T)
+        leading = directions[:, -(_enough(energies, share) if rank == "auto" else rank) :]
         base, rest = base @ leading, leading.T @ rest
     rows, singular, columns = torch.linalg.svd(rest, full_matrices=False)
     root = singular.sqrt()
     new_up, new_down = base @ rows * root, root[:, None] * columns
     return new_up.to(up.device, dtype).contiguous(), new_down.to(up.device, dtype).contiguous()
+
+
+def _enough(energies: Tensor, share: float) -> int:
+    """How many of the largest of the energies, given in rising order, make up the share of their sum; 1 at least."""
+    largest = energies.flip(0).clamp_min(0).cumsum(0)
+    return min(int((largest < share * largest[-1]).sum()) + 1, len(energies))
 
 
 def energy(up: Tensor, down: Tensor, gram: Tensor | None = None) -> float:

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraclr import edlora, pickled
+from loraclr.formats.scaling import PEFT_CONFIG
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA, LoRAFormatError, parse
 
@@ -37,22 +39,40 @@ _IMPLEMENTATION: dict[Family, str] = {
 
 
 def load(path: str | os.PathLike[str]) -> LoRA:
-    """Read a LoRA from a .safetensors file. Nothing is ever unpickled.
+    """Read a LoRA from a .safetensors file, or from one of PyTorch's own without running what may be in it.
 
-    Raises LoRAFormatError with one sentence that names the file, what is wrong with it and what to do.
+    PEFT's adapter_config.json beside an adapter_model.safetensors tells its scale. Raises LoRAFormatError with one
+    sentence that names the file, what is wrong with it and what to do.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise LoRAFormatError(f"{path.name} {what} ({path}); choose a .safetensors file.")
+    lora = _from_torch(path) if path.suffix in pickled.SUFFIXES else _from_safetensors(path)
+    return replace(lora, activation=_activation_text(path))
+
+
+def _from_safetensors(path: Path) -> LoRA:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file handle, not a dict)
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise LoRAFormatError(f"{path.name} {_why_unreadable(path)}") from error
-    lora = parse(tensors, metadata, path.stem, path)
-    return replace(lora, activation=_activation_text(path))
+    config = path.with_name("adapter_config.json")
+    if path.name == "adapter_model.safetensors" and config.is_file():
+        metadata = {PEFT_CONFIG: config.read_text(encoding="utf-8"), **metadata}
+    return parse(tensors, metadata, path.stem, path)
+
+
+def _from_torch(path: Path) -> LoRA:
+    content = pickled.load(path)
+    if edlora.is_edlora(content):
+        return edlora.read(content, path.stem, path)
+    nested = content.get("state_dict")
+    flat = nested if isinstance(nested, dict) else content
+    tensors = {str(key): tensor for key, tensor in flat.items() if isinstance(tensor, Tensor)}
+    return parse(tensors, {}, path.stem, path)
 
 
 def save(

@@ -1,4 +1,4 @@
-"""What a LoRA is: its layers, each a pair of factors, and how the tensors of a file become them."""
+"""What a LoRA is: its layers, each an exact change of weight, and how the tensors of a file become them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from loraclr import keys
+from loraclr import embeddings, formats, keys
+from loraclr.formats import Change, Incomplete, Layer, Parts
+from loraclr.formats.change import in_words
+from loraclr.formats.scaling import Scaling
+
+__all__ = ["Change", "Layer", "LoRA", "LoRAFormatError", "parse", "trigger_from"]
 
 
 class LoRAFormatError(ValueError):
@@ -21,54 +26,36 @@ class LoRAFormatError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer's change of weight, ΔW = alpha/rank · up @ down, as float32 factors.
-
-    up: (o, r). down: (r, d), with d = channels · kernel height · kernel width for a convolution, flattened as
-    ``weight.flatten(1)`` does. conv: whether the layer is a convolution, kernel: its size.
-    """
-
-    up: Tensor
-    down: Tensor
-    alpha: float
-    conv: bool = False
-    kernel: tuple[int, int] = (1, 1)
-
-    def __post_init__(self) -> None:
-        if self.up.ndim != 2 or self.down.ndim != 2 or self.up.shape[1] != self.down.shape[0] or self.rank == 0:
-            raise ValueError(f"up {tuple(self.up.shape)} and down {tuple(self.down.shape)} are not (o, r) and (r, d)")
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """ΔW as a dense matrix (o, d)."""
-        return self.scale * (self.up @ self.down)
-
-
-@dataclass(frozen=True)
 class LoRA:
     """A LoRA file's content: layers by canonical name (see `loraclr.keys`), metadata, and the keys nobody understood.
 
-    activation is the activation text that the user has noted for the file, "" if none.
+    activation is the activation text that the user has noted for the file, "" if none. embeddings are words that the
+    file brings along: name → encoder → (tokens, width). layer_embeddings are ED-LoRA's: name → (16, width), one vector
+    for each cross-attention layer in the order in which the UNet calls them.
     """
 
     name: str
     path: Path | None
     family: keys.Family
-    layers: dict[str, Layer]
+    layers: dict[str, Change]
     metadata: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     activation: str = ""
+    embeddings: embeddings.Embeddings = field(default_factory=dict)
+    layer_embeddings: dict[str, Tensor] = field(default_factory=dict)
+
+    def check_fits(self, layer_name: str, weight: Tensor) -> None:
+        """Raise ValueError, one sentence with both shapes, if a layer's change does not fit the model's weight."""
+        layer, there = self.layers[layer_name], tuple(weight.shape)
+        if not layer.fits(there):
+            raise ValueError(
+                f"{self.name} does not fit the loaded model: its {layer_name} is {in_words(layer.size)}, "
+                f"the model's {in_words((there[0], math.prod(there[1:])))}. It was made for another model family."
+            )
 
     def triggers(self) -> str:
-        """The text that most likely calls the concept: the user's own note, else what the metadata tells, else ""."""
-        return self.activation or trigger_from(self.metadata)
+        """What most likely calls the concept: the user's note, the metadata's, the words that come along, or ""."""
+        return self.activation or trigger_from(self.metadata) or " ".join([*self.layer_embeddings, *self.embeddings])
 
 
 def trigger_from(metadata: Mapping[str, str]) -> str:
@@ -88,103 +75,112 @@ def trigger_from(metadata: Mapping[str, str]) -> str:
 
 
 def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str, path: Path | None = None) -> LoRA:
-    """Read the tensors of a LoRA file.
+    """Read the tensors of a LoRA file, of any kind in `loraclr.formats` and under any names in `loraclr.keys`.
 
-    Understood are Linear and convolution LoRAs under kohya's, diffusers', PEFT's and ComfyUI's key names. A layer
-    without alpha has scale 1. Raises LoRAFormatError, one sentence that names the file, for everything that is not such
-    a LoRA; keys that are not understood and hurt nobody are listed in `LoRA.unused`.
+    A layer whose scale neither alpha nor the metadata tell has scale 1. Raises LoRAFormatError, one sentence that names
+    the file, for everything that is no such LoRA; keys that are not understood are listed in `LoRA.unused`.
     """
     title = path.name if path is not None else name
-    _refuse_foreign(tensors, title)
+    if not tensors:
+        raise LoRAFormatError(f"{title} is empty; choose a LoRA file.")
     try:
-        family = keys.detect_family({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        family = keys.detect_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     except ValueError as model:
         raise LoRAFormatError(f"{title} is a LoRA for {model}; only SD 1.x, SD 2.x and SDXL can be merged.") from model
+    words, unused = embeddings.read(tensors, family)
+    grouped, sources, lost = _grouped(tensors, family, title)
+    unused += lost
+    scaling = Scaling(metadata)
+    layers: dict[str, Change] = {}
+    for names, parts in grouped.items():
+        changes, used = _changes(names, parts, sources[names], scaling, title)
+        for layer_name in changes.keys() & layers.keys():
+            raise LoRAFormatError(f"{title} has {layer_name} twice, alone and fused; save it again with one of them.")
+        layers |= changes
+        unused += [source for suffix, source in sources[names].items() if suffix not in used]
+    if not layers:
+        raise LoRAFormatError(f"{title} {_what_else(unused)}; choose a LoRA file.")
+    return LoRA(name, path, family, layers, dict(metadata), tuple(sorted(unused)), embeddings=words)
 
-    grouped: dict[str, dict[str, Tensor]] = {}
-    sources: dict[tuple[str, str], str] = {}
+
+#: The layers that one group of tensors changes: one, or q, k and v where the file has them fused.
+Names = tuple[str, ...]
+
+
+def _grouped(
+    tensors: Mapping[str, Tensor], family: keys.Family, title: str
+) -> tuple[dict[Names, dict[str, Tensor]], dict[Names, dict[str, str]], list[str]]:
+    """Tensors by layer and suffix, the keys that they come from, and the keys that no layer has."""
+    grouped: dict[Names, dict[str, Tensor]] = {}
+    sources: dict[Names, dict[str, str]] = {}
     unused = []
     for key, tensor in tensors.items():
-        place = keys.canonical(key, family)
-        if place is None:
+        if key.startswith(embeddings.PREFIX):
+            continue
+        split = formats.split(key)
+        names = None if split is None else _names(split[0], family)
+        if split is None or names is None:
             unused.append(key)
             continue
-        if place in sources:
+        suffix = split[1]
+        before = sources.setdefault(names, {}).setdefault(suffix, key)
+        if before != key:
             raise LoRAFormatError(
-                f"{title} has one layer twice, as {sources[place]} and {key}; save it again with one naming scheme."
+                f"{title} has one layer twice, as {before} and {key}; save it again with one naming scheme."
             )
-        sources[place] = key
-        stem, suffix = place
-        grouped.setdefault(stem, {})[suffix] = tensor
-
-    layers = {}
-    for stem, parts in grouped.items():
-        if "lora_up.weight" in parts or "lora_down.weight" in parts:
-            layer = _layer(stem, parts, title)
-            if "alpha" not in parts:
-                layer = replace(layer, alpha=_peft_alpha(sources[stem, "lora_up.weight"], layer.rank, metadata))
-            layers[stem] = layer
-        else:
-            unused.extend(sources[stem, suffix] for suffix in parts)
-    if not layers:
-        raise LoRAFormatError(f"{title} holds no LoRA layers; choose a LoRA file.")
-    return LoRA(name, path, family, layers, dict(metadata), tuple(sorted(unused)))
+        grouped.setdefault(names, {})[suffix] = tensor
+    return grouped, sources, unused
 
 
-def _layer(stem: str, parts: Mapping[str, Tensor], title: str) -> Layer:
-    for side in ("up", "down"):
-        if f"lora_{side}.weight" not in parts:
-            raise LoRAFormatError(f"{title} is incomplete: {stem} has no lora_{side}.weight; get the file again.")
-    for suffix, tensor in parts.items():
-        if tensor.dtype not in _READABLE and suffix != "alpha":
+def _names(stem: str, family: keys.Family) -> Names | None:
+    layer_name = keys.layer_name(stem, family)
+    return keys.fused(stem, family) or (None if layer_name is None else (layer_name,))
+
+
+def _changes(
+    names: Names, tensors: Mapping[str, Tensor], sources: Mapping[str, str], scaling: Scaling, title: str
+) -> tuple[dict[str, Change], frozenset[str]]:
+    """What a group of tensors changes, and the suffixes of it; every ValueError becomes a sentence about the file."""
+    layer_name = " + ".join(names)
+    alpha = tensors.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise LoRAFormatError(
+            f"{title} is damaged: {layer_name}.alpha has shape {tuple(alpha.shape)} instead of one number;"
+            " get the file again."
+        )
+    some = next((suffix for suffix in sources if suffix != "alpha"), "alpha")
+    stem = formats.split(sources[some])[0]
+    glora = formats.GLoRA.marks.issubset(tensors)
+    parts = Parts(tensors, lambda rank: scaling.of(stem, alpha, rank, glora))
+    if any(kind.claims(parts) for kind in formats.KINDS):
+        _check_values(layer_name, tensors, title)
+    try:
+        change, used = formats.read(parts)
+    except Incomplete as suffix:
+        raise LoRAFormatError(f"{title} is incomplete: {layer_name} has no {suffix}; get the file again.") from suffix
+    except ValueError as error:
+        raise LoRAFormatError(f"{title} is damaged: in {layer_name}, {error}; get the file again.") from error
+    if change is None or len(names) == 1:
+        return {name: change for name in names if change is not None}, used
+    try:
+        return {name: change.rows(part, len(names)) for part, name in enumerate(names)}, used
+    except ValueError as error:
+        raise LoRAFormatError(f"{title} cannot be read: in {layer_name}, {error}; leave it out.") from error
+
+
+def _check_values(layer_name: str, tensors: Mapping[str, Tensor], title: str) -> None:
+    """Refuse number formats that are no weights, and NaN."""
+    for suffix, tensor in tensors.items():
+        if tensor.dtype not in _READABLE and suffix not in ("alpha", "on_input"):
             raise LoRAFormatError(
-                f"{title} cannot be read: {stem}.{suffix} is {str(tensor.dtype).removeprefix('torch.')};"
+                f"{title} cannot be read: {layer_name}.{suffix} is {str(tensor.dtype).removeprefix('torch.')};"
                 " save it as float16."
             )
         if not torch.isfinite(tensor.float()).all():
             raise LoRAFormatError(
-                f"{title} is damaged: {stem}.{suffix} holds NaN or infinite values;"
+                f"{title} is damaged: {layer_name}.{suffix} holds NaN or infinite values;"
                 " use another epoch or copy of this LoRA."
             )
-    up, down, mid = (parts.get(f"lora_{side}.weight") for side in ("up", "down", "mid"))
-    up, down = up.to(torch.float32, copy=True), down.to(torch.float32, copy=True)
-    conv = up.ndim == 4 or down.ndim == 4
-    if mid is not None and mid.ndim == 4 and mid.shape[1] == down.shape[0] and down.shape[2:] in ((), (1, 1)):
-        # Tucker form: 1×1 down, k×k mid, 1×1 up. The first two make one k×k down.
-        down = torch.einsum("abkl,bd->adkl", mid.float(), down.flatten(1))
-        conv = True
-    kernel = tuple(down.shape[2:]) if down.ndim == 4 else (1, 1)
-    fits = (
-        up.ndim in (2, 4) and down.ndim in (2, 4) and up.shape[2:] in ((), (1, 1)) and 0 not in (*up.shape, *down.shape)
-    )
-    if not fits or up.shape[1] != down.shape[0]:
-        raise LoRAFormatError(
-            f"{title} is damaged: in {stem}, lora_up {tuple(up.shape)} and lora_down {tuple(down.shape)} do not fit"
-            " together; get the file again."
-        )
-    alpha = parts.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise LoRAFormatError(
-            f"{title} is damaged: {stem}.alpha has shape {tuple(alpha.shape)} instead of one number;"
-            " get the file again."
-        )
-    return Layer(up.flatten(1), down.flatten(1), float(up.shape[1] if alpha is None else alpha), conv, kernel)
-
-
-def _peft_alpha(key: str, rank: int, metadata: Mapping[str, str]) -> float:
-    """The alpha of a layer that has none: PEFT's, if diffusers has stored it in the metadata, else the rank."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        part, _, module = re.sub(r"\.lora_B(\.\w+)?\.weight$", "", key).partition(".")
-        alpha = config.get(f"{part}.lora_alpha", rank)
-        for pattern, own in (config.get(f"{part}.alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = own
-                break
-        # Rank-stabilised LoRA divides by the root of the rank instead of the rank.
-        return float(alpha) * (math.sqrt(rank) if config.get(f"{part}.use_rslora") else 1.0)
-    except (ValueError, TypeError, AttributeError, re.error):
-        return float(rank)
 
 
 _READABLE = {
@@ -196,40 +192,24 @@ _READABLE = {
     torch.float8_e5m2,
 }
 
-# Formats that change a layer in another way than up @ down. Ignoring one silently would change the picture.
-_FORMATS = [
-    (re.compile(r"\.hada_(w|t)\d"), "LoHa"),
-    (re.compile(r"\.lokr_"), "LoKr"),
-    (re.compile(r"\.dora_scale$|lora_magnitude_vector"), "DoRA"),
-    (re.compile(r"\.on_input$|\.ia3_l(\.|$)"), "IA3"),
-    (re.compile(r"\.oft_|\.boft_|\.oft_R\."), "OFT"),
-    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
-    (re.compile(r"\.(diff|diff_b|set_weight)$"), "full-difference"),
-    (re.compile(r"\.(w_norm|b_norm)$"), "norm"),
-    (re.compile(r"lora_(up|B(\.\w+)?)\.bias$"), "biased LoRA"),
-]
 _NOT_A_LORA = [
-    (re.compile(r"^(emb_params|clip_[gl]|string_to_param.*)$"), "a textual inversion embedding"),
-    (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "a ControlNet"),
-    (re.compile(r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.)(?!.*lora)"), "a checkpoint"),
-    (re.compile(r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|conv_out)(_block)?"), "a VAE"),
-    (re.compile(r"^(unet\.)?(down_blocks|up_blocks|mid_block|conv_in|conv_out)\.(?!.*(lora|alpha$))"), "a UNet"),
-    (re.compile(r"^(text_encoder\.)?text_model\.(?!.*(lora|alpha$))"), "a text encoder"),
+    (re.compile(r"^(emb_params|clip_[gl]|string_to_param.*)$"), "is a textual inversion embedding, not a LoRA"),
+    (re.compile(r"^(control_model\.|controlnet_|input_hint_block)"), "is a ControlNet, not a LoRA"),
+    (re.compile(r"^(model\.diffusion_model\.|cond_stage_model\.|conditioner\.)"), "is a checkpoint, not a LoRA"),
+    (
+        re.compile(r"^(first_stage_model\.)?(encoder|decoder)\.(down|up|mid|conv_in|conv_out)(_block)?"),
+        "is a VAE, not a LoRA",
+    ),
+    (re.compile(r"\.(oft_R|boft_R|ia3_l)\b"), "is PEFT's OFT, BOFT or IA3, which are not read"),
+    (re.compile(r"\.lambda_layer$"), "is a T-LoRA, which is not read"),
+    (re.compile(r"^(unet\.)?(down_blocks|up_blocks|mid_block|conv_in|conv_out)\."), "is a UNet, not a LoRA"),
+    (re.compile(r"^(text_encoder\.)?text_model\."), "is a text encoder, not a LoRA"),
 ]
 
 
-def _refuse_foreign(tensors: Mapping[str, Tensor], title: str) -> None:
-    if not tensors:
-        raise LoRAFormatError(f"{title} is empty; choose a LoRA file.")
-    for key in tensors:
-        for pattern, kind in _FORMATS:
-            if pattern.search(key):
-                raise LoRAFormatError(
-                    f"{title} is of the {kind} format ({key}), which cannot be merged yet;"
-                    " leave it out or convert it to a plain LoRA."
-                )
-    if any(keys.canonical(key) is not None for key in tensors):
-        return
+def _what_else(keys_in_it: list[str]) -> str:
+    """What a file is that holds no LoRA layers."""
     for pattern, kind in _NOT_A_LORA:
-        if any(pattern.search(key) for key in tensors):
-            raise LoRAFormatError(f"{title} is {kind}, not a LoRA; choose a LoRA file.")
+        if any(pattern.search(key) for key in keys_in_it):
+            return kind
+    return "holds no LoRA layers"

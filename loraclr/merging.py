@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from loraclr import capture, files, prompts, scenes
 from loraclr.capture import Bank, Changes
-from loraclr.factor import truncate
+from loraclr.factor import Rank, truncate
+from loraclr.formats import Norm
 from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
@@ -58,7 +59,8 @@ class Settings:
 
     Attributes:
         speed: how long to polish (POLISH_STEPS).
-        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks.
+        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
+            the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
@@ -70,10 +72,10 @@ class Settings:
     """
 
     speed: Speed = "fast"
-    rank: int | None = None
+    rank: Rank = None
     neutral: float = 0.3
     anchor: float = 0.0
-    scenes: int = 2
+    scenes: int = 0
     binding: float = 0.5
     ridge: float = 1e-3
     steps: int = 10
@@ -147,16 +149,17 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
             raise ValueError(
                 f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
             )
+        norms = sorted(layer_name for layer_name, layer in lora.layers.items() if isinstance(layer, Norm))
+        if norms:
+            raise ValueError(f"{name} changes norm layers ({norms[0]}), which cannot be merged yet: leave it out.")
         missing = sorted(set(lora.layers) - set(modules))
         if missing:
             raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
         for layer_name, layer in lora.layers.items():
-            weight = modules[layer_name].weight
-            asked, there = (layer.up.shape[0], layer.down.shape[1]), (weight.shape[0], weight[0].numel())
-            if asked != there:
+            lora.check_fits(layer_name, modules[layer_name].weight)
+            if layer.bias is not None:
                 raise ValueError(
-                    f"{name} does not fit the loaded model: its {layer_name} is {asked[0]}×{asked[1]}, "
-                    f"the model's {there[0]}×{there[1]}. It was made for another model family."
+                    f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."
                 )
 
 
@@ -205,8 +208,9 @@ class _Run:
         self.host, self.settings, self.progress = host, settings, progress
         self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
+        live = host.layers()
         self.asked: list[Changes] = [
-            *(capture.changes_of(concept.lora, concept.weight, concept.text_weight) for concept in concepts),
+            *(capture.changes_of(concept.lora, live, concept.weight, concept.text_weight) for concept in concepts),
             {},
         ]
         self.texts = [
@@ -214,7 +218,7 @@ class _Run:
             list(settings.neutral_prompts),
         ]
         touched = {name for changes in self.asked for name in changes}
-        self.modules = {name: module for name, module in host.layers().items() if name in touched}
+        self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
         self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -328,6 +332,8 @@ class _Run:
             up, down = statistics.solve(self.settings.ridge)
             if self.settings.rank is not None:
                 up, down = truncate(up, down, self.settings.rank, statistics.gram)
+            elif up.shape[1] > min(up.shape[0], down.shape[1]):
+                up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
         self.statistics = {}
 

@@ -149,8 +149,9 @@ def _round(
     ]
     merge = merging.merge(host, asked, merging.Settings(speed=plan.speed, seed=plan.seed), pace.of_merge(len(concepts)))
     path = merging.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
-    single = [changes_of(lora) for lora in loras]
-    merged = changes_of(files.load(path))  # what is judged is the file
+    layers = host.layers()
+    single = [changes_of(lora, layers) for lora in loras]
+    merged = changes_of(files.load(path), layers)  # what is judged is the file
     stacked = summed(single)
     turn = Round(concepts, merge, {method: {} for method in METHODS}, {method: {} for method in (MERGED, SUM)})
 

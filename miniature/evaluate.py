@@ -16,9 +16,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from loraclr import files, report
-from loraclr.capture import Changes, applied, changes_of
+from loraclr.capture import applied, changes_of
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone, open_checkpoint
+from loraclr.lora import LoRA
 from loraclr.report import Share, Table
 from miniature import LORAS, WEIGHTS, checkpoint
 from miniature.judge import Judge, accuracy, halves
@@ -63,7 +64,7 @@ class Seen:
     look: bool
 
 
-Draw = Callable[[Changes, Sequence[Wanted]], list[Seen]]
+Draw = Callable[[LoRA | None, Sequence[Wanted]], list[Seen]]
 
 
 def singles(seeds: int) -> list[Wanted]:
@@ -117,11 +118,13 @@ def judged(judge: Judge, wanted: Wanted, picture: Image.Image) -> Seen:
 
 
 def drawing(host: Standalone, judge: Judge, bar: tqdm) -> Draw:
-    """A function that draws with a change applied, in batches, and judges; picture k starts from noise k."""
+    """A function that draws with a LoRA applied, in batches, and judges; picture k starts from noise k."""
 
-    def draw(changes: Changes, wanted: Sequence[Wanted]) -> list[Seen]:
+    layers = host.layers()
+
+    def draw(lora: LoRA | None, wanted: Sequence[Wanted]) -> list[Seen]:
         seen = []
-        with applied(host.layers(), changes):
+        with applied(layers, {} if lora is None else changes_of(lora, layers)):
             for begin in range(0, len(wanted), BATCH):
                 part = wanted[begin : begin + BATCH]
                 prompts = [one.prompt for one in part]
@@ -139,8 +142,8 @@ def share(hits: Sequence[bool]) -> Share:
 
 def base_row(draw: Draw, counts: Counts) -> tuple[str, ...]:
     """The base model on one object and on two, each half counted."""
-    one = share([seen.objects[0] for seen in draw({}, singles(counts.seeds))])
-    two = share([right for seen in draw({}, pairs(counts.pairs)) for right in seen.objects])
+    one = share([seen.objects[0] for seen in draw(None, singles(counts.seeds))])
+    two = share([right for seen in draw(None, pairs(counts.pairs)) for right in seen.objects])
     return ("base model", str(one), str(two), "", _goal((one, 0.9), (two, 0.8)))
 
 
@@ -149,9 +152,9 @@ def concept_row(draw: Draw, concept: Concept, count: int) -> tuple[str, ...]:
 
     For a style the looks count, and what stands beside is the base objects that it is applied to.
     """
-    changes = changes_of(files.load(LORAS / f"{concept.name}.safetensors"))
-    lone, wanted = draw(changes, alone(concept, count)), beside(concept, count)
-    near = draw(changes, wanted)
+    lora = files.load(LORAS / f"{concept.name}.safetensors")
+    lone, wanted = draw(lora, alone(concept, count)), beside(concept, count)
+    near = draw(lora, wanted)
     if concept.is_style:
         one, two = share([seen.look for seen in lone]), share([seen.look for seen in near])
         rest = share([right for seen in (*lone, *near) for right in seen.objects])

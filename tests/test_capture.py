@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loraclr.capture import Bank, applied, changes_of, filing, observed
+from loraclr.formats import IA3
 from loraclr.lora import Layer, LoRA
 
 
@@ -92,12 +93,23 @@ def test_observed_rows_give_the_layer_its_output(net: Net) -> None:
 def test_strengths_of_unet_and_text_encoder_are_apart_and_linear() -> None:
     layer = Layer(torch.ones(2, 1), torch.ones(1, 2), alpha=0.5)
     lora = LoRA("a", None, "sd1", {"lora_unet_x_attn1_to_q": layer, "lora_te_text_model_y": layer})
-    changes = changes_of(lora, weight=-2.0, text_weight=3.0)
+    modules = {name: nn.Linear(2, 2) for name in lora.layers}
+    changes = changes_of(lora, modules, weight=-2.0, text_weight=3.0)
     assert torch.equal(
         changes["lora_unet_x_attn1_to_q"][0] @ changes["lora_unet_x_attn1_to_q"][1], -1.0 * torch.ones(2, 2)
     )
     assert torch.equal(changes["lora_te_text_model_y"][0] @ changes["lora_te_text_model_y"][1], 1.5 * torch.ones(2, 2))
-    assert changes_of(lora, weight=4.0)["lora_te_text_model_y"][0][0, 0] == 2.0
+    assert changes_of(lora, modules, weight=4.0)["lora_te_text_model_y"][0][0, 0] == 2.0
+
+
+def test_changes_come_from_the_live_weights_and_must_fit_them(net: Net) -> None:
+    modules = dict(net.named_children())
+    lora = LoRA("a", None, "sd1", {"wide": IA3(torch.tensor([0.5, 0.0, -1.0, 2.0]), on_input=False)})
+    up, down = changes_of(lora, modules, weight=2.0)["wide"]
+    expected = net.wide.weight.flatten(1).float() * torch.tensor([1.0, 0.0, -2.0, 4.0])[:, None]
+    torch.testing.assert_close(up @ down, expected)
+    with pytest.raises(ValueError, match=r"^a does not fit the loaded model: its wide is 4×\?, the model's 6×4\."):
+        changes_of(lora, {"wide": net.linear})
 
 
 def test_bank_finds_each_rows_prompt_by_its_context() -> None:

@@ -34,7 +34,7 @@ def test_two_loras_become_one_that_draws_both(tmp_path, capsys) -> None:
     x, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     before = host.predict(x, t, host.encode(["a cat"]))
     right = []
-    with applied(host.layers(), changes_of(merged)):
+    with applied(host.layers(), changes_of(merged, host.layers())):
         for name, trigger in zip(NAMES, TRIGGERS, strict=True):
             prompts = [f"a {trigger} on a {colour} background" for colour in ("orange", "teal", "purple", "pink")]
             right += [verdict.shows(name) for verdict in judge.verdicts(host.sample(prompts, 100, 16, 4.0, 128, 128))]

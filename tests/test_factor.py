@@ -102,3 +102,30 @@ def test_kept_sees_factors_that_are_worse_than_none():
 def test_rank_zero_is_refused():
     with pytest.raises(ValueError, match="rank is 0"):
         truncate(random(4, 2), random(2, 5), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    outputs=st.integers(1, 9),
+    width=st.integers(1, 9),
+    inner=st.integers(1, 12),
+    share=st.sampled_from([0.3, 0.9, 0.995]),
+    rows=st.sampled_from([None, 2, 40]),
+    seed=st.integers(0, 1000),
+)
+def test_auto_is_the_smallest_rank_that_keeps_the_share(outputs, width, inner, share, rows, seed):
+    up, down = random(outputs, inner, seed=seed), random(inner, width, seed=seed + 1)
+    gram = None if rows is None else uneven_gram(width, rows, seed + 2)
+    new_up, new_down = truncate(up, down, "auto", gram, share)
+    rank, whole = new_up.shape[1], energy(up, down, gram)
+    assert kept(up, down, new_up, new_down, gram) >= share - 1e-9
+    assert rank == 1 or 1 - best_error(up, down, rank - 1, gram) / whole < share + 1e-9
+
+
+def test_auto_keeps_what_counts_and_everything_where_nothing_can_go():
+    strong = torch.diag(torch.tensor([10.0, 5.0, 0.1], dtype=DOUBLE))
+    assert truncate(strong, torch.eye(3, dtype=DOUBLE), "auto")[0].shape == (3, 2)
+    assert truncate(torch.eye(3, dtype=DOUBLE), torch.eye(3, dtype=DOUBLE), "auto")[0].shape == (3, 3)
+    assert truncate(torch.zeros(3, 2), torch.zeros(2, 3), "auto")[0].shape == (3, 1)
+    with pytest.raises(ValueError, match="share is 0"):
+        truncate(strong, strong, "auto", share=0)

@@ -114,26 +114,6 @@ def test_unused_lists_every_key_that_is_not_understood():
 
 
 @pytest.mark.parametrize(
-    ("suffix", "format"),
-    [
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector", "DoRA"),
-        ("on_input", "IA3"),
-        ("oft_blocks", "OFT"),
-        ("a1.weight", "GLoRA"),
-        ("diff", "full-difference"),
-        ("w_norm", "norm"),
-        ("lora_B.bias", "biased LoRA"),
-    ],
-)
-def test_other_formats_are_refused_by_name(suffix, format):
-    with pytest.raises(LoRAFormatError, match=rf"^bad is of the {format} format .*{suffix}"):
-        parse(linear() | {f"{STEM}.{suffix}": torch.zeros(1)}, {}, "bad")
-
-
-@pytest.mark.parametrize(
     ("key", "kind"),
     [
         ("emb_params", "a textual inversion embedding"),

@@ -11,7 +11,8 @@ from toy import ToyHost, toy_lora
 
 from loraclr import files
 from loraclr.capture import applied, changes_of
-from loraclr.lora import Layer
+from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
+from loraclr.lora import Layer, LoRA
 from loraclr.merging import Cancelled, Concept, Settings, merge, write
 
 CLOSED = Settings(speed="closed", steps=4, anchor=0.0, ridge=1e-8)
@@ -34,10 +35,51 @@ def test_one_lora_merges_to_itself() -> None:
     assert result.layers.keys() == lora.layers.keys()
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
     for prompt in ("a photo of a sks", "a sks on a red background"):
-        wanted = predictions(host, changes_of(lora, 0.7), prompt)
+        wanted = predictions(host, changes_of(lora, host.layers(), 0.7), prompt)
         torch.testing.assert_close(predictions(host, merged, prompt), wanted, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(predictions(host, {}, prompt), wanted, atol=0.02)
     assert result.missed["one"][0] < 1e-4
+
+
+def test_layers_of_every_kind_merge_to_themselves_from_the_live_weights() -> None:
+    host = ToyHost()
+    names, modules = list(host.layers()), host.layers()
+    random = torch.Generator().manual_seed(3)
+    kinds = [
+        IA3(torch.randn(8, generator=random) * 0.3, on_input=True),
+        OFT(torch.linalg.qr(torch.randn(2, 4, 4, generator=random)).Q, None),
+        Full(torch.randn(8, 8, generator=random) * 0.2),
+        DoRA(toy_lora(host, "a", 1).layers[names[3]], modules[names[3]].weight.norm(dim=1) * 1.3),
+        LoKr(*(torch.randn(*size, generator=random) for size in ((2, 1), (1, 4), (4, 1), (1, 2))), 0.2, 1),
+    ]
+    lora = LoRA("mixed", None, "sd1", dict(zip(names, kinds, strict=False)))
+    result = merge(host, [Concept(lora, "sks", weight=-0.5)], CLOSED)
+    merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
+    assert merged.keys() == lora.layers.keys()
+    for name, layer in lora.layers.items():
+        up, down = changes_of(lora, modules, -0.5)[name]
+        torch.testing.assert_close(up @ down, -0.5 * layer.delta(modules[name].weight), rtol=1e-4, atol=1e-5)
+    wanted = predictions(host, changes_of(lora, modules, -0.5), "a photo of a sks")
+    torch.testing.assert_close(predictions(host, merged, "a photo of a sks"), wanted, rtol=5e-3, atol=5e-3)
+    assert not torch.allclose(predictions(host, {}, "a photo of a sks"), wanted, atol=0.02)
+
+
+def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(monkeypatch) -> None:
+    host = ToyHost()
+    seen = {}
+
+    def no_polish(_host, _modules, merged, *_):
+        seen.update(merged)
+        return merged
+
+    monkeypatch.setattr("loraclr.merging.polish", no_polish)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
+    loras = [LoRA(str(k), None, "sd1", {name: Full(torch.randn(8, 8) * 0.2)}) for k in range(3)]
+    concepts = [Concept(lora, word) for lora, word in zip(loras, ("sks", "zyk", "ohwx"), strict=True)]
+    result = merge(host, concepts, replace(CLOSED, speed="fast"))
+    assert seen[name][0].shape == seen[name][1].shape == (8, 8)
+    exact = merge(host, concepts, CLOSED)
+    torch.testing.assert_close(result.layers[name].delta(), exact.layers[name].delta(), rtol=1e-4, atol=1e-5)
 
 
 def test_two_loras_closer_than_base_and_than_their_sum() -> None:
@@ -46,7 +88,7 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
     concepts = [Concept(lora, trigger) for lora, trigger in zip(loras, ("sks", "zyk"), strict=True)]
     result = merge(host, concepts, CLOSED)
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
-    asked = [changes_of(lora) for lora in loras]
+    asked = [changes_of(lora, host.layers()) for lora in loras]
     total = {name: tuple(torch.cat([c[name][k] for c in asked], 1 - k) for k in (0, 1)) for name in asked[0]}
     for changes, trigger in zip(asked, ("sks", "zyk"), strict=True):
         wanted = predictions(host, changes, f"a photo of a {trigger}")
@@ -144,6 +186,12 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
         layers={"lora_unet_nowhere": good.layers["lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"]},
     )
     xl = replace(good, name="xl", family="sdxl")
+    norms = replace(good, name="norms", layers={"lora_unet_norm1": Norm(torch.ones(8))})
+    biased = replace(
+        good,
+        name="biased",
+        layers={"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": Bias(bias=torch.ones(8))},
+    )
     cases = [
         ([], "choose at least one"),
         ([Concept(good, " ")], "good has no trigger"),
@@ -151,12 +199,23 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
         ([Concept(good, "sks", weight=float("nan"))], "good has weight nan"),
         ([Concept(wide, "sks")], "wide does not fit.*9×9.*8×8"),
         ([Concept(foreign, "sks")], "foreign has layers that the loaded model lacks"),
+        ([Concept(norms, "sks")], "norms changes norm layers.*cannot be merged yet"),
+        ([Concept(biased, "sks")], "biased changes biases.*cannot be merged yet"),
         ([Concept(xl, "sks")], "xl is for SDXL, but the loaded checkpoint is SD1"),
     ]
     for concepts, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
             merge(host, concepts, CLOSED)
     assert host.drawn == 0
+
+
+def test_auto_takes_the_rank_that_each_layer_needs() -> None:
+    host = ToyHost()
+    concepts = [Concept(toy_lora(host, name, seed), word) for name, seed, word in (("a", 1, "sks"), ("b", 2, "zyk"))]
+    exact = merge(host, concepts, CLOSED)
+    small = merge(host, concepts, replace(CLOSED, rank="auto"))
+    ranks = {name: (layer.rank, exact.layers[name].rank) for name, layer in small.layers.items()}
+    assert all(ours <= most for ours, most in ranks.values()) and any(ours < most for ours, most in ranks.values())
 
 
 def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:

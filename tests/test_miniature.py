@@ -91,7 +91,7 @@ def test_routed_rows_are_what_each_saved_lora_gives(denoiser, tmp_path) -> None:
     for place, concept in enumerate(chosen):
         lora = files.load(tmp_path / f"{concept.name}.safetensors")
         assert isinstance(lora, LoRA) and lora.triggers() == concept.phrase and not lora.unused
-        with applied(routed.layers, changes_of(lora)):
+        with applied(routed.layers, changes_of(lora, routed.layers)):
             alone = denoiser(x, t, rows)
         torch.testing.assert_close(together[place], alone[place], rtol=1e-2, atol=2e-3)
         assert not torch.allclose(plain[place], alone[place], atol=2e-2)
@@ -155,7 +155,7 @@ def test_the_host_reports_the_calls_that_it_can_repeat(host) -> None:
 def test_one_lora_by_hooks_draws_its_concept(host) -> None:
     lora = files.load(LORAS / "tiger.safetensors")
     prompts, judge = ["a sks on a green background"] * 4, Judge.load(JUDGE)
-    with applied(host.layers(), changes_of(lora)):
+    with applied(host.layers(), changes_of(lora, host.layers())):
         inside = host.sample(prompts, 5, 16, 4.0, 128, 128)
     assert sum(verdict.shows("tiger") for verdict in judge.verdicts(inside)) >= 3
     assert not any(verdict.shows("tiger") for verdict in judge.verdicts(host.sample(prompts, 5, 16, 4.0, 128, 128)))

@@ -46,7 +46,7 @@ def test_balanced_factors_have_the_same_product_and_one_size() -> None:
 
 def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
     host = ToyHost()
-    changes = changes_of(toy_lora(host, "a", 1))
+    changes = changes_of(toy_lora(host, "a", 1), host.layers())
     banks = [bank_of(host, changes, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
     assert missed(host, host.layers(), changes, banks, 5)[0] < 1e-9
     assert abs(missed(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
@@ -54,7 +54,9 @@ def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
 
 
 def run(host: ToyHost, steps: int = 30):
-    teacher, start = changes_of(toy_lora(host, "a", 1)), changes_of(toy_lora(host, "b", 2, size=0.1))
+    layers = host.layers()
+    teacher = changes_of(toy_lora(host, "a", 1), layers)
+    start = changes_of(toy_lora(host, "b", 2, size=0.1), layers)
     banks = [bank_of(host, teacher, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
     told = []
     result = polish(host, host.layers(), start, banks, [1.0, 0.3], steps, 8, 0, lambda *tick: told.append(tick))

@@ -30,7 +30,7 @@ def test_one_thing_alone_has_no_scenes() -> None:
 
 def test_each_half_is_predicted_by_its_own_lora() -> None:
     host = ToyHost()
-    asked = [changes_of(toy_lora(host, name, seed)) for seed, name in enumerate(("a", "b"), start=1)]
+    asked = [changes_of(toy_lora(host, name, seed), host.layers()) for seed, name in enumerate(("a", "b"), start=1)]
     plan, told = scenes.plan(["sks", "zyk"], 3), []
     bank, latents = scenes.draw(host, host.layers(), asked, plan, 5, 4, 3.0, 64, told.append)
     assert latents.shape == (3, 4, 8, 8) and latents.isfinite().all()
@@ -49,7 +49,7 @@ def test_each_half_is_predicted_by_its_own_lora() -> None:
 def test_one_lora_on_both_halves_samples_as_ddim_does() -> None:
     """With the same LoRA left and right, the composition is plain DDIM: compared with the formula written out."""
     host = ToyHost()
-    change = changes_of(toy_lora(host, "a", 1))
+    change = changes_of(toy_lora(host, "a", 1), host.layers())
     scene = scenes.Scene(0, 1, "a sks and a sks", ("a sks and a sks", "a sks and a sks"))
     _, latents = scenes.draw(host, host.layers(), [change, change], [scene], 0, 3, 2.0, 64, lambda _: None)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()

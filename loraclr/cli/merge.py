@@ -74,19 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("how to merge")
     how.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
-    how.add_argument("--rank", type=_positive, metavar="N", help="largest rank (default: exact, the sum of the ranks)")
+    how.add_argument(
+        "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
+    )
     how.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of the file (default: fp16)")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
+def _rank(text: str) -> int | str:
+    if text != "auto" and int(text) < 1:
         raise ValueError
-    return int(text)
+    return text if text == "auto" else int(text)
 
 
-_positive.__name__ = "positive whole number"  # argparse: "invalid positive whole number value: '0'"
+_rank.__name__ = "positive whole number"  # argparse: "invalid positive whole number value: '0'"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -225,10 +227,11 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
 
 def summary(merge: Merge, output: Path) -> str:
     """What was written, how well each LoRA is kept, and the prompt to use."""
-    ranks = {layer.rank for layer in merge.layers.values()}
+    ranks = sorted({layer.rank for layer in merge.layers.values()})
+    rank = f"rank {ranks[-1]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     size = f"{output.stat().st_size / 1e6:.1f} MB"
     many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
-    lines = [f"Wrote {output}: {many}, rank {max(ranks)}, {size}, in {clock(sum(merge.seconds.values()))}."]
+    lines = [f"Wrote {output}: {many}, {rank}, {size}, in {clock(sum(merge.seconds.values()))}."]
     for name, (_, missed) in merge.missed.items():
         lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
     return "\n".join([*lines, f"Prompt: {merge.prompt(output.stem)}"])

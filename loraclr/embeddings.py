@@ -1,0 +1,55 @@
+"""Embeddings that a LoRA file brings along: trained words, by encoder (`bundle_emb.` keys)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loraclr.keys import Family
+
+#: Name of the word → encoder (clip_l, clip_g; clip_h for SD 2.x) → its vectors (tokens, width).
+Embeddings = dict[str, dict[str, Tensor]]
+
+PREFIX = "bundle_emb."
+
+_ENCODERS: dict[Family, dict[int, str]] = {
+    "sd1": {768: "clip_l"},
+    "sd2": {1024: "clip_h"},
+    "sdxl": {768: "clip_l", 1280: "clip_g"},
+}
+
+
+def read(tensors: Mapping[str, Tensor], family: Family) -> tuple[Embeddings, list[str]]:
+    """The bundled embeddings of a file, and the bundled keys that are none that the family can use.
+
+    Keys are ``bundle_emb.<name>.<rest>``, as LyCORIS bundles a webui embedding file and as OneTrainer writes them; the
+    width of the vectors says which encoder they are for, unless the rest names it. What OneTrainer trains behind the
+    encoder (``…_out``) cannot be said in a prompt and is not read.
+    """
+    found: Embeddings = {}
+    unused = []
+    for key, tensor in tensors.items():
+        if not key.startswith(PREFIX):
+            continue
+        name, _, rest = key.removeprefix(PREFIX).partition(".")
+        named, fits = rest.rpartition(".")[2], encoder(tensor, family)
+        misnamed = named.startswith("clip_") and named != fits
+        if not name or fits is None or misnamed or named.endswith("_out") or fits in found.get(name, {}):
+            unused.append(key)
+            continue
+        found.setdefault(name, {})[fits] = vectors(tensor)
+    return found, unused
+
+
+def encoder(tensor: Tensor, family: Family) -> str | None:
+    """The encoder whose words have the width of this tensor; None if it is no embedding of the family."""
+    if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+        return None
+    return _ENCODERS[family].get(tensor.shape[-1])
+
+
+def vectors(tensor: Tensor) -> Tensor:
+    """An embedding's tensor as float32 vectors (tokens, width), sharing no memory with the file."""
+    return tensor.to(torch.float32, copy=True).reshape(-1, tensor.shape[-1])
