@@ -21,8 +21,8 @@ DELTAS = ("identity", "text", "picture")  # also as the mean difference to the s
 NOTE = """\
 ± is one standard error over pictures. Δ: merged − single, same prompt and noise. identity: the judge's cosine. text:
 background and base-class words obeyed. image: cosine of the judge's features, and pixel: RMS difference, both to the
-single LoRA's picture. cross-talk: another merged concept found. two: two concepts, each in its half. beside: concept and
-base object. base: no trigger; drift is the RMS difference to the base model. picture: cleanness, without the judge
+single LoRA's picture. cross-talk: another merged concept found. two: two concepts, each in its half. beside: concept
+and base object. base: no trigger; drift is the RMS difference to the base model. picture: cleanness, without the judge
 (benchmarks/metrics.py)."""
 
 
