@@ -194,6 +194,7 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
     """Refuse options that the method would ignore, and a missing checkpoint."""
     ignored = {
         "--speed": args.speed is not None and method.name != "loraclr",
+        "--device": args.device is not None and not method.needs_model,
         "--density": args.density is not None and not method.uses_density,
         "--blocks": any(entry.blocks is not None for entry in args.entries) and method.needs_model,
         "--rank": args.rank is not None and method.name == "concat",
