@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plots FILE.json FOLDER`: figures against the number of concepts, and quality against cost."""
+"""`python -m benchmarks.plots FILE.json FOLDER`: figures against N, quality against cost, and a grid of pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 #: The paper's three alignments (Fig. 5), and what users notice besides.
 SHOWN = {
@@ -62,15 +63,44 @@ def against_cost(rows: Sequence[Mapping], path: Path) -> Path:
     return path
 
 
+def grid(rows: Sequence[Mapping], strips: Path, path: Path, seed: int = 0) -> Path:
+    """The first picture of each concept, a row for each method, at the largest number of concepts.
+
+    strips: the folder in which `benchmarks.quality` keeps its pictures. All rows of a column share prompt and noise.
+    """
+    most = max(row["concepts"] for row in rows)
+    methods = [row["method"] for row in rows if row["concepts"] == most]
+    known = [(m, strips / f"{most}-{seed}-{m}-concepts.png") for m in methods]
+    known = [(method, strip) for method, strip in known if strip.exists()]
+    if not known:
+        raise FileNotFoundError(f"{strips} holds no pictures of {most} concepts: give the folder of this result.")
+    with Image.open(known[0][1]) as first:
+        side, each = first.height, first.width // first.height // most
+    margin = 150
+    sheet = Image.new("RGB", (margin + most * side, len(known) * side), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for row, (method, strip) in enumerate(known):
+        pen.text((6, row * side + side // 2 - 8), method, (40, 40, 50), ImageFont.load_default(15))
+        with Image.open(strip) as pictures:
+            for column in range(most):
+                left = column * each * side
+                sheet.paste(pictures.crop((left, 0, left + side, side)), (margin + column * side, row * side))
+    sheet.save(path)
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser("benchmarks.plots", description=__doc__)
     options.add_argument("json", type=Path, help="what benchmarks.quality has written")
     options.add_argument("folder", type=Path, help="where the plots go")
+    options.add_argument("--pictures", type=Path, help="folder of its pictures, for the grid")
     args = options.parse_args(argv)
     rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
     args.folder.mkdir(parents=True, exist_ok=True)
     for plot in (against_count, against_cost):
         print(plot(rows, args.folder / f"{plot.__name__.replace('_', '-')}.png"))
+    if args.pictures:
+        print(grid(rows, args.pictures, args.folder / "grid.png"))
 
 
 if __name__ == "__main__":

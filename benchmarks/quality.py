@@ -180,11 +180,14 @@ def figures(
 
 
 def found(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image]) -> list[float]:
-    """1 for each picture in which everything that was asked for is found in its place, else 0."""
+    """1 for each picture in which everything that was asked for is found in its place, else 0.
+
+    The look counts if a style was asked for.
+    """
     if not pictures:
         return []
-    seen = (judged(judge, shot.wanted, picture) for shot, picture in zip(shots, pictures, strict=True))
-    return [float(all(one.objects) and one.look) for one in seen]
+    pairs = ((shot.wanted, judged(judge, shot.wanted, picture)) for shot, picture in zip(shots, pictures, strict=True))
+    return [float(all(seen.objects) and (seen.look or wanted.look == "plain")) for wanted, seen in pairs]
 
 
 def save_strip(pictures: Sequence[Image.Image], path: Path) -> None:

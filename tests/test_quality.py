@@ -229,6 +229,22 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
             assert np.asarray(picture.convert("L")).std() > 5
 
 
+def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = [{"concepts": 2, "method": method} for method in ("single", "sum", "refused")]
+    for level, method in ((50, "single"), (100, "sum")):
+        strip = Image.new("L", (8 * 4, 8), 0)  # two concepts, two pictures of each
+        for place in range(4):
+            strip.paste(level + place, (8 * place, 0, 8 * place + 8, 8))
+        strip.convert("RGB").save(tmp_path / f"2-0-{method}-concepts.png")
+    with Image.open(plots.grid(rows, tmp_path, tmp_path / "grid.png")) as grid:
+        assert grid.size == (150 + 16, 16)
+        found = [[grid.getpixel((x, y))[0] for x in (154, 162)] for y in (4, 12)]
+    assert found == [[50, 52], [100, 102]]
+    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+        plots.grid(rows, tmp_path / "elsewhere", tmp_path / "grid.png")
+
+
 @pytest.mark.parametrize("arguments", [["--counts", "2,13"], ["--methods", "sum,magic"], ["--seeds", "x"]])
 def test_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
