@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -22,8 +23,9 @@ def against_count(rows: Sequence[Mapping], path: Path) -> Path:
     """Each figure over N, a line with error bars for each method; the single LoRAs dotted, as in the paper's Fig. 5."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, SHOWN.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            _line(axes, [row for row in rows if row["method"] == method], name)
+        for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            # One colour in all panels, also where another method has no such figure; 20 of them, more than methods.
+            _line(axes, [row for row in rows if row["method"] == method], name, colormaps["tab20"](place % 20))
         axes.set(title=title, xlabel="concepts merged", xticks=sorted({row["concepts"] for row in rows}))
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[2].get_legend_handles_labels()  # every method has an identity
@@ -32,7 +34,7 @@ def against_count(rows: Sequence[Mapping], path: Path) -> Path:
     return path
 
 
-def _line(axes: Axes, rows: Sequence[Mapping], name: str) -> None:
+def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: tuple[float, ...]) -> None:
     drawn = sorted((row for row in rows if row[name] is not None), key=lambda row: row["concepts"])
     if not drawn:
         return
@@ -40,7 +42,7 @@ def _line(axes: Axes, rows: Sequence[Mapping], name: str) -> None:
     looks = {"linestyle": ":" if method == "single" else "-", "linewidth": 2.4 if method.startswith("loraclr") else 1.2}
     errors = [row[f"{name}_se"] or 0.0 for row in drawn]
     places, values = [row["concepts"] for row in drawn], [row[name] for row in drawn]
-    axes.errorbar(places, values, errors, marker="o", markersize=3, capsize=2, label=method, **looks)
+    axes.errorbar(places, values, errors, marker="o", markersize=3, capsize=2, label=method, color=colour, **looks)
 
 
 def against_cost(rows: Sequence[Mapping], path: Path) -> Path:

@@ -229,6 +229,22 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
             assert np.asarray(picture.convert("L")).std() > 5
 
 
+def test_a_method_has_one_colour_in_every_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    kept = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    alone = {**values, "two_concept": []}
+    pieces = [Piece(2, "single", 0, {}, alone), Piece(2, "sum", 0, {}, values)]
+    plots.against_count(results.rows(pieces), tmp_path / "never")
+    colours: dict[str, set] = {}
+    for axes in kept[0].axes:
+        for bars in axes.containers:
+            colours.setdefault(bars.get_label(), set()).add(bars.lines[0].get_color())
+    assert sorted(colours) == ["single", "sum"]
+    assert all(len(found) == 1 for found in colours.values())
+
+
 def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path) -> None:
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
     rows = [{"concepts": 2, "method": method} for method in ("single", "sum", "refused")]
