@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,12 @@ from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
 from loraclr.polish import missed, polish
-from loraclr.solve import Statistics
+from loraclr.solve import Change, Statistics
 
 Speed = Literal["closed", "fast", "balanced", "best"]
+
+#: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
+Fit = Callable[[str, nn.Module, Sequence[Change | None], torch.device], Statistics]
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
@@ -92,6 +95,8 @@ class Merge:
     """The result: layers of one LoRA, and what is known about them.
 
     Attributes:
+        settings: a dataclass of what the method was told.
+        method: its name in `loraclr.methods`.
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
@@ -99,19 +104,20 @@ class Merge:
 
     family: Family
     concepts: list[Concept]
-    settings: Settings
+    settings: Any
+    method: str = "loraclr"
     layers: dict[str, Layer] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def prompt(self, name: str) -> str:
         """What to type to use the merged file under this name."""
-        return f"<lora:{name}:1> {self.triggers}"
+        return f"<lora:{name}:1> {self.triggers}".rstrip()
 
     @property
     def triggers(self) -> str:
         """Every concept's trigger words."""
-        return ", ".join(concept.trigger for concept in self.concepts)
+        return ", ".join(concept.trigger for concept in self.concepts if concept.trigger)
 
     def recipe(self) -> dict:
         """Everything needed to run the same merge again, for the file's metadata."""
@@ -127,7 +133,7 @@ class Merge:
             }
             for concept in self.concepts
         ]
-        return {"method": "loraclr", "concepts": concepts, "settings": asdict(self.settings), "missed": self.missed}
+        return {"method": self.method, "concepts": concepts, "settings": asdict(self.settings), "missed": self.missed}
 
 
 def check(host: Host, concepts: Sequence[Concept]) -> None:
@@ -163,14 +169,23 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
                 )
 
 
+def by_closed_form(name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device) -> Statistics:
+    """The usual fit of a layer."""
+    return Statistics(module.weight[0].numel(), changes, device=device)
+
+
 def merge(
-    host: Host, concepts: Sequence[Concept], settings: Settings | None = None, progress: Progress = lambda *_: None
+    host: Host,
+    concepts: Sequence[Concept],
+    settings: Settings | None = None,
+    progress: Progress = lambda *_: None,
+    fit: Fit = by_closed_form,
 ) -> Merge:
     """Merge concept LoRAs into one.
 
     Stages: the text encoder is solved in closed form; then cross-attention keys and values, fed by the merged text
     encoder; then the UNet's other layers, from each concept's own denoising run; then the factors of all layers are
-    polished together on what those runs predicted.
+    polished together on what those runs predicted. `fit` solves a layer in another way than the closed form.
 
     Raises:
         ValueError: see `check`.
@@ -180,7 +195,7 @@ def merge(
     check(host, concepts)
     result = Merge(host.family, list(concepts), settings)
     with host.session():
-        run = _Run(host, concepts, settings, progress)
+        run = _Run(host, concepts, settings, progress, fit)
         run.fit_text()
         run.fit_cross_attention()
         result.seconds["text"] = run.lap()
@@ -204,8 +219,10 @@ class _Run:
     Number `len(concepts)`, behind the last concept, stands for what must not change: the base on neutral prompts.
     """
 
-    def __init__(self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress) -> None:
-        self.host, self.settings, self.progress = host, settings, progress
+    def __init__(
+        self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress, fit: Fit
+    ) -> None:
+        self.host, self.settings, self.progress, self.fit = host, settings, progress, fit
         self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
@@ -319,7 +336,7 @@ class _Run:
             rows = rows[:, chosen.to(rows.device)]
         if name not in self.statistics:
             changes = [asked.get(name) for asked in self.asked]
-            self.statistics[name] = Statistics(rows.shape[-1], changes, device=self.host.device)
+            self.statistics[name] = self.fit(name, self.modules[name], changes, self.host.device)
         concepts = len(self.asked) - 1
         weight = 1.0 if place < concepts else self.settings.anchor * concepts
         if weight:
@@ -375,6 +392,7 @@ def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, ov
     triggers = [concept.trigger for concept in merge.concepts]
     metadata = files.lora_metadata(merge.family, merge.layers, sources, triggers, merge.recipe())
     files.save(path, merge.layers, metadata, dtype, overwrite)
-    notes = "Merged by LoRACLR from " + ", ".join(f"{s} ({t})" for s, t in zip(sources, triggers, strict=True)) + "."
+    named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
+    notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
     files.write_sidecar(path, merge.triggers, merge.family, notes)
     return path

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from loraclr import files, merging, report
-from loraclr.capture import Changes, applied, changes_of
-from loraclr.hosts.standalone import Standalone, open_checkpoint
+from loraclr.capture import Changes, changes_of
+from loraclr.hosts.standalone import Standalone
+from loraclr.methods import stacked
 from loraclr.report import Gallery, Mean, Share, Shot, Table
-from miniature import LORAS, checkpoint
+from miniature import LORAS
+from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge, Verdict, halves
 from miniature.vocabulary import CONCEPTS, Concept
 
-STEPS, GUIDANCE, BATCH = 16, 4.0, 16
+STEPS = 16
 COLOURS = ("orange", "teal", "purple", "pink")  # no prompt of the merge names these
 OBJECTS = ("bus", "rabbit", "mushroom", "turtle", "balloon", "lemon", "pizza", "crown")  # nor these: for styles
 SHOWN = 2  # pictures of each concept in the report
 OWN, MERGED, SUM = "its own LoRA", "merged", "plain sum"
 METHODS = (OWN, MERGED, SUM)
-
-Draw = Callable[[Changes, Sequence[str], int], list[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,7 @@ def run(output: Path, plan: Plan, progress: merging.Progress, device: str | None
         Cancelled: `progress` may raise it to stop.
     """
     judge = Judge.load()
-    with tempfile.TemporaryDirectory() as folder:
-        host = open_checkpoint(checkpoint.install(Path(folder)), device)
+    host = open_miniature(device)
     pace = _Pace(plan, progress)
     own: dict[str, Drawing] = {}  # a concept's own LoRA draws the same pictures whatever it is merged with
     rounds = [_round(host, judge, CONCEPTS[:count], plan, output, own, pace) for count in plan.counts]
@@ -152,37 +149,30 @@ def _round(
     layers = host.layers()
     single = [changes_of(lora, layers) for lora in loras]
     merged = changes_of(files.load(path), layers)  # what is judged is the file
-    stacked = summed(single)
+    stack = stacked(single)
     turn = Round(concepts, merge, {method: {} for method in METHODS}, {method: {} for method in (MERGED, SUM)})
 
     def drawn(changes: Changes, prompts: list[str], what: str) -> list[Image.Image]:
-        return draw(host, changes, prompts, plan.seed + 1000, lambda count: pace(f"Drawing {what}", 2 * STEPS * count))
+        return draw(
+            host, changes, prompts, plan.seed + 1000, STEPS, lambda count: pace(f"Drawing {what}", 2 * STEPS * count)
+        )
 
     for concept, change in zip(concepts, single, strict=True):
         prompts = prompts_of(concept, plan.pictures)
         if concept.name not in own:
             own[concept.name] = judged(judge, concept, prompts, drawn(change, prompts, f"{concept.name}, {OWN}"))
         turn.singles[OWN][concept.name] = own[concept.name]
-        for method, changes in ((MERGED, merged), (SUM, stacked)):
+        for method, changes in ((MERGED, merged), (SUM, stack)):
             pictures = drawn(changes, prompts, f"{concept.name}, {method}")
             turn.singles[method][concept.name] = judged(judge, concept, prompts, pictures)
 
     pairs = pairs_of(concepts, plan.pictures)
-    for method, changes in ((MERGED, merged), (SUM, stacked)):
+    for method, changes in ((MERGED, merged), (SUM, stack)):
         if pairs:
             prompts = [prompt for _, _, prompt in pairs]
             pictures = drawn(changes, prompts, f"two in one picture, {method}")
             turn.pairs[method] = judged_pairs(judge, pairs, pictures)
     return turn
-
-
-def summed(changes: Sequence[Changes]) -> Changes:
-    """All changes at once, added up: what stacking LoRAs in the prompt does."""
-    names = dict.fromkeys(name for change in changes for name in change)
-    stacks = {name: [change[name] for change in changes if name in change] for name in names}
-    return {
-        name: (torch.cat([up for up, _ in s], 1), torch.cat([down for _, down in s], 0)) for name, s in stacks.items()
-    }
 
 
 def prompts_of(concept: Concept, count: int) -> list[str]:
@@ -208,19 +198,6 @@ def pairs_of(concepts: Sequence[Concept], count: int) -> list[tuple[Concept, Con
         else:
             prompts.append((left, right, f"a {left.phrase} and a {right.phrase} on a {colour} background"))
     return prompts
-
-
-def draw(
-    host: Standalone, changes: Changes, prompts: Sequence[str], seed: int, tick: Callable[[int], None] = lambda _: None
-) -> list[Image.Image]:
-    """Pictures of `prompts` with `changes` applied; picture k starts from noise seed + k."""
-    pictures: list[Image.Image] = []
-    with applied(host.layers(), changes):
-        for begin in range(0, len(prompts), BATCH):
-            part = list(prompts[begin : begin + BATCH])
-            pictures += host.sample(part, seed + begin, STEPS, GUIDANCE, host.size, host.size)
-            tick(len(part))
-    return pictures
 
 
 def judged(judge: Judge, concept: Concept, prompts: list[str], pictures: list[Image.Image]) -> Drawing:

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from tqdm import tqdm
 
 from loraclr import files, report
-from loraclr.capture import applied, changes_of
+from loraclr.capture import changes_of
 from loraclr.cli import quiet
-from loraclr.hosts.standalone import Standalone, open_checkpoint
+from loraclr.hosts.standalone import Standalone
 from loraclr.lora import LoRA
 from loraclr.report import Share, Table
-from miniature import LORAS, WEIGHTS, checkpoint
+from miniature import LORAS, WEIGHTS
+from miniature.drawing import GUIDANCE, open_miniature
+from miniature.drawing import draw as draw_pictures
 from miniature.judge import Judge, accuracy, halves
 from miniature.scenes import prompt
 from miniature.vocabulary import CLASSES, COLOURS, CONCEPTS, Concept
 
-STEPS, GUIDANCE, BATCH = 20, 4.0, 16
+STEPS = 20
 HUES = tuple(COLOURS)
 NOTE = f"""\
 alone: one object in the picture. side by side: two, left and right half judged apart; a LoRA's concept in its own half.
@@ -49,11 +49,12 @@ QUICK = Counts(seeds=1, pairs=16, concept=4)
 
 @dataclass(frozen=True)
 class Wanted:
-    """A prompt and what must be found: one object on the whole picture or two in its halves, and the look."""
+    """A prompt and what must be found: one object on the whole picture or two in its halves, the look, the colour."""
 
     prompt: str
     objects: tuple[str, ...]
     look: str = "plain"
+    colour: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,18 @@ class Seen:
 Draw = Callable[[LoRA | None, Sequence[Wanted]], list[Seen]]
 
 
-def singles(seeds: int) -> list[Wanted]:
+def on(words: Sequence[str], objects: tuple[str, ...], colour: str) -> Wanted:
+    """Objects, named by words, on a background."""
+    return Wanted(prompt(list(words), colour), objects, colour=colour)
+
+
+def singles(seeds: int, hues: Sequence[str] = HUES) -> list[Wanted]:
     """Every base class `seeds` times, backgrounds in turn."""
     names = [name for _ in range(seeds) for name in CLASSES]
-    return [Wanted(prompt([name], HUES[place % len(HUES)]), (name,)) for place, name in enumerate(names)]
+    return [on([name], (name,), hues[place % len(hues)]) for place, name in enumerate(names)]
 
 
-def pairs(count: int) -> list[Wanted]:
+def pairs(count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
     """`count` pictures of two different base classes, every class about as often on either side."""
     names = list(CLASSES)
     wanted = []
@@ -81,33 +87,34 @@ def pairs(count: int) -> list[Wanted]:
         left = names[place % len(names)]
         apart = 1 + (6 + 5 * (place // len(names))) % (len(names) - 1)  # never 0: two different classes
         right = names[(place + apart) % len(names)]
-        wanted.append(Wanted(prompt([left, right], HUES[place % len(HUES)]), (left, right)))
+        wanted.append(on([left, right], (left, right), hues[place % len(hues)]))
     return wanted
 
 
-def alone(concept: Concept, count: int) -> list[Wanted]:
+def alone(concept: Concept, count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
     """A thing by itself, or (styles) a base class in the style."""
     if not concept.is_style:
-        return [Wanted(prompt([concept.trigger], HUES[k % len(HUES)]), (concept.name,)) for k in range(count)]
-    return [_styled(wanted, concept) for wanted in singles(-(-count // len(CLASSES)))[:count]]
+        return [on([concept.trigger], (concept.name,), hues[k % len(hues)]) for k in range(count)]
+    return [styled(wanted, concept) for wanted in singles(-(-count // len(CLASSES)), hues)[:count]]
 
 
-def beside(concept: Concept, count: int) -> list[Wanted]:
+def beside(concept: Concept, count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
     """A thing beside a base object, left and right in turn, or (styles) two base objects in the style."""
     if concept.is_style:
-        return [_styled(wanted, concept) for wanted in pairs(count)]
+        return [styled(wanted, concept) for wanted in pairs(count, hues)]
     names = list(CLASSES)
     wanted = []
     for place in range(count):
         other = names[5 * place % len(names)]
         order = slice(None, None, 1 if place % 2 else -1)
         words, objects = [concept.trigger, other][order], (concept.name, other)[order]
-        wanted.append(Wanted(prompt(words, HUES[place % len(HUES)]), objects))
+        wanted.append(on(words, objects, hues[place % len(hues)]))
     return wanted
 
 
-def _styled(wanted: Wanted, concept: Concept) -> Wanted:
-    return Wanted(f"{wanted.prompt} in {concept.phrase}", wanted.objects, concept.name)
+def styled(wanted: Wanted, concept: Concept) -> Wanted:
+    """The same in a style."""
+    return replace(wanted, prompt=f"{wanted.prompt} in {concept.phrase}", look=concept.name)
 
 
 def judged(judge: Judge, wanted: Wanted, picture: Image.Image) -> Seen:
@@ -123,15 +130,9 @@ def drawing(host: Standalone, judge: Judge, bar: tqdm) -> Draw:
     layers = host.layers()
 
     def draw(lora: LoRA | None, wanted: Sequence[Wanted]) -> list[Seen]:
-        seen = []
-        with applied(layers, {} if lora is None else changes_of(lora, layers)):
-            for begin in range(0, len(wanted), BATCH):
-                part = wanted[begin : begin + BATCH]
-                prompts = [one.prompt for one in part]
-                pictures = host.sample(prompts, begin, STEPS, GUIDANCE, host.size, host.size)
-                seen += [judged(judge, one, picture) for one, picture in zip(part, pictures, strict=True)]
-                bar.update(len(part))
-        return seen
+        changes = {} if lora is None else changes_of(lora, layers)
+        pictures = draw_pictures(host, changes, [one.prompt for one in wanted], 0, STEPS, bar.update)
+        return [judged(judge, one, picture) for one, picture in zip(wanted, pictures, strict=True)]
 
     return draw
 
@@ -194,8 +195,7 @@ def evaluate(device: str | None = None, counts: Counts | None = None) -> Table:
     counts = counts or Counts()
     judge = Judge.load()
     pictures = counts.seeds * len(CLASSES) + counts.pairs + 2 * counts.concept * len(CONCEPTS)
-    with tempfile.TemporaryDirectory() as folder:
-        host = open_checkpoint(checkpoint.install(Path(folder)), device)
+    host = open_miniature(device)
     with tqdm(total=pictures, desc="drawing", unit="picture", file=sys.stderr) as bar:
         draw = drawing(host, judge, bar)
         rows = [base_row(draw, counts), *(concept_row(draw, concept, counts.concept) for concept in CONCEPTS)]

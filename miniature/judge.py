@@ -61,9 +61,13 @@ class Judge(nn.Module):
 
     def forward(self, picture: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """(B, 3, H, W) in -1..1 → for `object`, `look`, `ground`: embedding and cosines."""
-        features = self.trunk(picture)
-        pooled = torch.cat([features.amax((2, 3)), features.mean((2, 3))], dim=1)
+        pooled = self.pooled(picture)
         return {"object": self.object(pooled), "look": self.look(pooled), "ground": self.ground(pooled)}
+
+    def pooled(self, picture: Tensor) -> Tensor:
+        """(B, 3, H, W) in -1..1 → what the heads see, (B, 256): strongest and mean response of each feature."""
+        features = self.trunk(picture)
+        return torch.cat([features.amax((2, 3)), features.mean((2, 3))], dim=1)
 
     @classmethod
     def load(cls, path: Path = JUDGE) -> Judge:
@@ -89,6 +93,11 @@ class Judge(nn.Module):
             )})
             for row in range(len(pictures))
         ]  # fmt: skip
+
+    @torch.no_grad()
+    def features(self, pictures: list[Image.Image]) -> Tensor:
+        """(B, 256) features of pictures of one size; see `pooled`."""
+        return self.eval().pooled(to_tensor(pictures))
 
     @torch.no_grad()
     def identity(self, pictures: list[Image.Image], references: list[Image.Image], part: str = "object") -> Tensor:

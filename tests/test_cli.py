@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from loraclr.cli import Refused
 from loraclr.cli import merge as command
 from loraclr.cli.progress import Line, clock, sentence
 from loraclr.lora import Layer
+from loraclr.methods import METHODS
 
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -74,12 +76,14 @@ OUT = ["--checkpoint", "model.safetensors", "--output", "out.safetensors"]
 A = ["--lora", "a.safetensors", "--trigger", "sks"]
 
 
-def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str], progress: bool = False) -> str:
     """The one sentence on stderr of a merge that is refused, after checking that it is one and that nothing changed."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(["merge", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
+    if progress:  # the merge had begun
+        err = "".join(line for line in err.splitlines(keepends=True) if not line.startswith("Merging layers"))
     assert err.startswith("loraclr: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
@@ -112,7 +116,18 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, "--rank", "0", *OUT], "invalid positive whole number value: '0'"),
             ([*A, *OUT, "--device", "nonsense"], "The device nonsense cannot be used here"),
             ([*A, *OUT[:2]], "the following arguments are required: --output"),
-            ([*A, *OUT[2:]], "the following arguments are required: --checkpoint"),
+            ([*A, *OUT[2:]], "--method loraclr looks at the model: give its --checkpoint"),
+            ([*A, *OUT[2:], "--method", "gradient-fusion"], "--method gradient-fusion looks at the model"),
+            ([*A, *OUT, "--method", "ties", "--speed", "best"], "--speed means nothing to --method ties"),
+            ([*A, *OUT, "--method", "ties", "--device", "cpu"], "--device means nothing to --method ties"),
+            ([*A, *OUT, "--density", "0.3"], "--density means nothing to --method loraclr"),
+            ([*A, *OUT, "--method", "sum", "--density", "0.3"], "--density means nothing to --method sum"),
+            ([*A, *OUT, "--method", "ties", "--density", "0"], "invalid share above 0 and up to 1 value: '0'"),
+            ([*A, *OUT, "--method", "concat", "--rank", "2"], "--rank means nothing to --method concat"),
+            ([*A, "--blocks", "1,1", *OUT], "--blocks means nothing to --method loraclr"),
+            ([*A, "--blocks", "1,x", *OUT, "--method", "sum"], "invalid list of numbers"),
+            ([*A, "--blocks", "1,1", *OUT, "--method", "sum"], "a: 2 block weights are given, but SD1 has 17 or 26"),
+            ([*A, *OUT, "--method", "reference"], "invalid choice: 'reference'"),
             (["--lora", "gone.safetensors", "--trigger", "x", *OUT], "gone.safetensors does not exist"),
             ([*A, *OUT[:2], "--output", "a.safetensors"], "a.safetensors is one of the files that are read"),
             ([*A, *OUT[:2], "--output", "a.safetensors", "--overwrite"], "is one of the files that are read"),
@@ -238,6 +253,59 @@ class TestMerge:
         assert main(["merge", *A, *OUT]) == 2
         assert "exists already" in capsys.readouterr().err
         assert files.load(here / "out.safetensors").layers[TEXT].up.shape == (6, 2)
+
+
+class TestByWeightsAlone:
+    """Methods that need only the files: no checkpoint, no trigger words."""
+
+    @pytest.fixture(autouse=True)
+    def _no_model(self, host: list[Path]):
+        yield
+        assert host == []
+
+    def test_sum_of_two_files(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pair = ["--lora", "a.safetensors", "--weight", "0.5", "--lora", "b.safetensors"]
+        assert main(["merge", *pair, "--output", "out.safetensors", "--method", "sum"]) == 0
+        assert "Wrote out.safetensors: 2 LoRAs, rank 4" in capsys.readouterr().out
+        merged = files.load(here / "out.safetensors")
+        torch.testing.assert_close(merged.layers[UNET].delta(), torch.full((4, 4), 3.0))
+        recipe = json.loads(merged.metadata["loraclr.recipe"])
+        assert (recipe["method"], recipe["concepts"][0]["weight"], recipe["concepts"][0]["trigger"]) == ("sum", 0.5, "")
+        sidecar = json.loads((here / "out.json").read_text())
+        assert sidecar["activation text"] == "zyk"
+        assert sidecar["notes"] == "Merged by sum from a, b (zyk)."
+
+    @pytest.mark.parametrize("method", [m for m, what in METHODS.items() if what.offered and not what.needs_model])
+    def test_every_method_writes_a_lora_of_the_rank_asked_for(self, here: Path, method: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in ("c", "d"):
+            layers = {UNET: Layer(torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator), 2.0)}
+            files.save(here / f"{name}.safetensors", layers, {})
+        rank = [] if method == "concat" else ["--rank", "1"]
+        pair = ["--lora", "c.safetensors", "--lora", "d.safetensors"]
+        assert main(["merge", *pair, "--output", "out.safetensors", "--method", method, *rank]) == 0
+        layer = files.load(here / "out.safetensors").layers[UNET]
+        assert layer.rank == (1 if rank else 4)
+        assert layer.delta().abs().max() > 0.01
+
+    def test_blocks(self, here: Path) -> None:
+        ones = ",".join(["0", *["2"] * 16])
+        assert main(["merge", *A, "--blocks", ones, "--output", "out.safetensors", "--method", "sum"]) == 0
+        merged = files.load(here / "out.safetensors")
+        assert set(merged.layers) == {UNET}  # the text encoder's weight is 0
+        torch.testing.assert_close(merged.layers[UNET].delta(), torch.full((4, 4), 4.0))
+
+    def test_loras_of_two_shapes_are_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        lora(here / "wide.safetensors", width=6)
+        sentence = refused([*A, "--lora", "wide.safetensors", *OUT[2:], "--method", "ties"], here, capsys)
+        assert "wide does not fit a: its lora_te" in sentence
+        assert "6×6" in sentence
+
+    def test_orthogonal_says_when_it_is_not_possible(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        sentence = refused(
+            [*A, "--lora", "b.safetensors", *OUT[2:], "--method", "orthogonal"], here, capsys, progress=True
+        )
+        assert "cannot be made orthogonal" in sentence
 
 
 def test_options_belong_to_the_lora_before_them() -> None:

@@ -21,19 +21,6 @@ UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TIGER, PANDA, OUTLINE = CONCEPT["tiger"], CONCEPT["panda"], CONCEPT["outline"]
 
 
-def test_sum_adds_the_changes_of_weight_up() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(5, rank, generator=generator), torch.randn(rank, 3, generator=generator)
-
-    first, second = {"a": factors(2), "b": factors(1)}, {"b": factors(3)}
-    total = demo.summed([first, second])
-    torch.testing.assert_close(total["a"][0] @ total["a"][1], first["a"][0] @ first["a"][1])
-    expected = first["b"][0] @ first["b"][1] + second["b"][0] @ second["b"][1]
-    torch.testing.assert_close(total["b"][0] @ total["b"][1], expected)
-
-
 def test_no_prompt_of_the_demo_is_one_of_the_merge() -> None:
     drawn = {prompt for concept in CONCEPTS for prompt in demo.prompts_of(concept, 16)}
     drawn |= {prompt for *_, prompt in demo.pairs_of(CONCEPTS, 200)}
@@ -69,8 +56,7 @@ def test_demo_writes_report_picture_and_files(tmp_path: Path, monkeypatch: pytes
     for concept in CONCEPTS[:2]:
         files.save(tmp_path / f"{concept.name}.safetensors", {UNET: Layer(torch.ones(4, 1), torch.ones(1, 4), 1.0)}, {})
     monkeypatch.setattr(demo, "LORAS", tmp_path)
-    monkeypatch.setattr(demo, "open_checkpoint", lambda *_: Host())
-    monkeypatch.setattr(demo, "checkpoint", SimpleNamespace(install=lambda folder: folder))
+    monkeypatch.setattr(demo, "open_miniature", lambda _: Host())
 
     def merge(host, concepts, settings, progress) -> merging.Merge:
         progress("Polishing", 0.5, None)

@@ -1,4 +1,4 @@
-"""`python -m loraclr merge`: LoRA files and a checkpoint in, one LoRA file out."""
+"""`python -m loraclr merge`: LoRA files and, for most methods, a checkpoint in, one LoRA file out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from loraclr.cli.progress import Line, clock
 
 if TYPE_CHECKING:
     from loraclr.hosts.standalone import Standalone
-    from loraclr.lora import LoRA
     from loraclr.merging import Concept, Merge
+    from loraclr.methods import Method
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -32,6 +32,7 @@ class Entry:
     weight: float | None = None
     text_weight: float | None = None
     kind: str | None = None
+    blocks: tuple[float, ...] | None = None
 
 
 class _NewEntry(argparse.Action):
@@ -56,7 +57,9 @@ class _OfEntry(argparse.Action):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `merge`; those of a LoRA follow its --lora."""
     parser.set_defaults(run=run, entries=None)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="Stable Diffusion 1.x model, .safetensors")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="Stable Diffusion 1.x model, .safetensors; for methods that look at the model"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the LoRA file to write, .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
 
@@ -72,8 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     each.add_argument("--text-weight", type=float, metavar="W", help="another one for the text encoder", **of_entry)
     each.add_argument("--kind", choices=["subject", "style"], help="what it is for (default: subject)", **of_entry)
 
-    how = parser.add_argument_group("how to merge")
-    how.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
+    each.add_argument(
+        "--blocks",
+        type=_numbers,
+        metavar="W,W,…",
+        help="its block weights: 17 or 26 numbers, SDXL 12 or 20",
+        **of_entry,
+    )
+
+    how = parser.add_argument_group("how to merge", " ".join(f"{one.name}: {one.text}" for one in offered()))
+    how.add_argument("--method", choices=[one.name for one in offered()], default="loraclr", help="default: loraclr")
+    how.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], help="of loraclr (default: fast)")
+    how.add_argument(
+        "--density", type=_share, metavar="D", help="share of the weights that ties and the like keep (default: 0.5)"
+    )
     how.add_argument(
         "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
     )
@@ -88,24 +103,81 @@ def _rank(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-_rank.__name__ = "positive whole number"  # argparse: "invalid positive whole number value: '0'"
+def _share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    numbers = tuple(float(part) for part in text.split(","))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError
+    return numbers
+
+
+# argparse: "invalid positive whole number value: '0'"
+_rank.__name__ = "positive whole number"
+_share.__name__ = "share above 0 and up to 1"
+_numbers.__name__ = "list of numbers, comma between them,"
+
+
+def offered() -> list[Method]:
+    """The methods that users can choose."""
+    from loraclr.methods import METHODS
+
+    return [method for method in METHODS.values() if method.offered]
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
-    from loraclr import merging
+    from loraclr import methods
+    from loraclr.merging import Settings
 
-    concepts, host = prepare(args)
-    settings = merging.Settings(speed=args.speed, rank=args.rank, seed=args.seed)
-    with Line() as line:
-        merge = merging.merge(host, concepts, settings, line)
+    method = methods.METHODS[args.method]
+    concepts = prepare(args, method)
+    if method.needs_model:
+        host = prepare_host(args, concepts)
+        settings = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
+        with Line() as line:
+            merge = methods.merge(host, concepts, method.name, settings, line)
+    else:
+        options = methods.Options(args.rank, args.density or 0.5, seed=args.seed, blocks=blocks_of(args.entries))
+        with Line() as line, refusing():
+            merge = methods.combine(concepts, method.name, options, line)
     write(merge, args)
     print(summary(merge, args.output))
     return 0
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Concept], Standalone]:
-    """Everything that a merge needs, checked, the cheapest first.
+def prepare(args: argparse.Namespace, method: Method) -> list[Concept]:
+    """What a merge needs of the user and of the files, checked, the cheapest first.
+
+    Raises:
+        Refused: one sentence for whatever is wrong.
+    """
+    from loraclr import methods
+
+    entries: list[Entry] = args.entries or []
+    if not entries:
+        raise Refused("No LoRA is chosen: give at least one --lora.")
+    check_options(args, method)
+    inputs = [*(entry.path for entry in entries), *([args.checkpoint] if args.checkpoint else [])]
+    check_output(args.output, inputs, args.overwrite)
+    check_device(args.device)
+    if method.needs_model:
+        check_checkpoint(args.checkpoint)
+    with refusing():
+        concepts = [concept_of(entry, method.needs_model) for entry in entries]
+        if method.needs_model:  # which of the LoRAs do not fit, the model tells better
+            methods.check_family([concept.lora for concept in concepts])
+        else:
+            methods.check(concepts)
+    return concepts
+
+
+def prepare_host(args: argparse.Namespace, concepts: list[Concept]) -> Standalone:
+    """The loaded checkpoint, which the LoRAs fit.
 
     Raises:
         Refused: one sentence for whatever is wrong.
@@ -113,19 +185,36 @@ def prepare(args: argparse.Namespace) -> tuple[list[Concept], Standalone]:
     from loraclr import merging
     from loraclr.hosts.standalone import open_checkpoint
 
-    entries: list[Entry] = args.entries or []
-    if not entries:
-        raise Refused("No LoRA is chosen: give at least one --lora.")
-    check_output(args.output, [*(entry.path for entry in entries), args.checkpoint], args.overwrite)
-    device = check_device(args.device)
-    check_checkpoint(args.checkpoint)
     with refusing():
-        concepts = [concept_of(entry) for entry in entries]
-        check_family([concept.lora for concept in concepts])
         quiet()
-        host = open_checkpoint(args.checkpoint, device)
+        host = open_checkpoint(args.checkpoint, args.device)
         merging.check(host, concepts)
-    return concepts, host
+    return host
+
+
+def check_options(args: argparse.Namespace, method: Method) -> None:
+    """Refuse options that the method would ignore, and a missing checkpoint."""
+    ignored = {
+        "--speed": args.speed is not None and method.name != "loraclr",
+        "--device": args.device is not None and not method.needs_model,
+        "--density": args.density is not None and not method.uses_density,
+        "--blocks": any(entry.blocks is not None for entry in args.entries) and method.needs_model,
+        "--rank": args.rank is not None and method.name == "concat",
+    }
+    for option, given in ignored.items():
+        if given:
+            raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
+    if method.needs_model and args.checkpoint is None:
+        raise Refused(
+            f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
+            "the LoRA files, such as sum."
+        )
+
+
+def blocks_of(entries: list[Entry]) -> tuple[tuple[float, ...] | None, ...]:
+    """The block weights of each LoRA; empty if none has any."""
+    given = tuple(entry.blocks for entry in entries)
+    return given if any(numbers is not None for numbers in given) else ()
 
 
 @contextmanager
@@ -137,13 +226,13 @@ def refusing() -> Iterator[None]:
         raise Refused(" ".join(str(error).split())) from error
 
 
-def concept_of(entry: Entry) -> Concept:
+def concept_of(entry: Entry, needs_trigger: bool = True) -> Concept:
     """Load an entry's file; its trigger words come from the file if none are given."""
     from loraclr import files, merging
 
     lora = files.load(entry.path)
     trigger = (entry.trigger if entry.trigger is not None else lora.triggers()).strip()
-    if not trigger:
+    if not trigger and needs_trigger:
         raise ValueError(f'{entry.path.name} does not say which words call it: write --trigger "…" after its --lora.')
     weight = 1.0 if entry.weight is None else entry.weight
     if not math.isfinite(weight) or weight == 0:
@@ -151,17 +240,6 @@ def concept_of(entry: Entry) -> Concept:
     if entry.text_weight is not None and not math.isfinite(entry.text_weight):
         raise ValueError(f"{entry.path.name} has text weight {entry.text_weight:g}: give it a number.")
     return merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject")
-
-
-def check_family(loras: list[LoRA]) -> None:
-    """Refuse LoRAs of different model families before the checkpoint is loaded."""
-    first = loras[0]
-    for lora in loras:
-        if lora.family != first.family:
-            raise ValueError(
-                f"{first.name} is for {first.family.upper()} and {lora.name} for {lora.family.upper()}: "
-                "only LoRAs of one model family can be merged."
-            )
 
 
 def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:

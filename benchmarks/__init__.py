@@ -1,0 +1,1 @@
+"""Benchmarks on the miniature: the quality of merges, and the plots of it."""

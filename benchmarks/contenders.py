@@ -1,0 +1,132 @@
+"""Who takes part: every method by its name in the benchmark, from LoRAs to the changes that it draws with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from loraclr import merging, methods
+from loraclr.baselines.fitting import Loop, by_reference
+from loraclr.capture import Changes
+from loraclr.hosts import Host
+from loraclr.lora import LoRA
+from loraclr.merging import Concept, Merge, Settings
+from loraclr.methods import Options
+
+EVERY = 4096  # a rank that no layer of the miniature reaches: dense methods are not cut
+REFERENCE_PROMPTS = ("photo of a {}", "{}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one method draws with, and what it took.
+
+    Attributes:
+        each: changes for each concept's own prompts.
+        together: changes for prompts that name two concepts; None: the method has none.
+        settings: what the merge was told, for the record.
+    """
+
+    each: Sequence[Changes]
+    together: Changes | None
+    capture_s: float = 0.0
+    merge_s: float = 0.0
+    settings: Mapping = field(default_factory=dict)
+
+
+Run = Callable[[Host, Sequence[Concept], int, Mapping], Entry]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method.
+
+    Attributes:
+        run: (host, concepts, seed, options) → what to draw with. Raises ValueError if it cannot merge these LoRAs.
+        grid: options to choose among on the tuning prompts; empty: there is nothing to tune.
+    """
+
+    run: Run
+    grid: tuple[Mapping, ...] = ()
+
+
+def base(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+    """No LoRA at all."""
+    return Entry([{}] * len(concepts), {})
+
+
+def single(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+    """Each LoRA alone: what a merge is made of."""
+    return Entry([_own(concept) for concept in concepts], None)
+
+
+def _own(concept: Concept) -> Changes:
+    return methods.plain(concept.lora, concept.weight, concept.text_weight)
+
+
+def by_weights(method: str) -> Run:
+    """A method that needs only the files."""
+
+    def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+        rank = None if method == "svd" else EVERY
+        # concat keeps all by itself, and says so if it is given a rank.
+        settings = Options(**{"rank": None if method == "concat" else rank, "seed": seed, **options})
+        return _entry(methods.combine(concepts, method, settings), options)
+
+    return run
+
+
+def on_model(method: str, **settings) -> Run:
+    """A method of `loraclr.methods` that looks at the model."""
+
+    def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+        return _entry(methods.merge(host, concepts, method, Settings(**{**settings, **options, "seed": seed})), options)
+
+    return run
+
+
+def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+    """The reference loop on the prompts that its code uses; `options` are fields of `Loop`."""
+    asked = [replace(concept, prompts=REFERENCE_PROMPTS) for concept in concepts]
+    settings = Settings(**methods.METHODS["reference"].settings, seed=seed)
+    merged = merging.merge(host, asked, settings, fit=partial(by_reference, loop=Loop(**options)))
+    return _entry(merged, options)
+
+
+def _entry(merge: Merge, options: Mapping) -> Entry:
+    changes = methods.plain(LoRA("merged", None, merge.family, merge.layers))
+    capture = merge.seconds.get("capture", 0.0)
+    return Entry([changes] * len(merge.concepts), changes, capture, sum(merge.seconds.values()) - capture, options)
+
+
+def _grid(**values: Sequence) -> tuple[Mapping, ...]:
+    return tuple(dict(zip(values, one, strict=True)) for one in itertools.product(*values.values()))
+
+
+SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5), (0.2, 0.5, 0.8)
+PRUNED = _grid(density=DENSITIES, scale=SCALES)
+
+#: Ours last but for the research ones, so that a table reads from worst to best.
+CONTENDERS: dict[str, Contender] = {
+    "base": Contender(base),
+    "single": Contender(single),
+    "sum": Contender(by_weights("sum")),
+    "weighted-sum": Contender(by_weights("sum"), _grid(scale=(0.2, 0.3, 0.45, 0.7, 1.0))),
+    "average": Contender(by_weights("average")),
+    "factor-sum": Contender(by_weights("factor-sum")),
+    "svd": Contender(by_weights("svd"), _grid(scale=SCALES)),
+    "ties": Contender(by_weights("ties"), PRUNED),
+    "dare-ties": Contender(by_weights("dare-ties"), PRUNED),
+    "dare-linear": Contender(by_weights("dare-linear"), PRUNED),
+    "magnitude-prune": Contender(by_weights("magnitude-prune"), PRUNED),
+    "orthogonal": Contender(by_weights("orthogonal")),
+    "gradient-fusion": Contender(on_model("gradient-fusion")),
+    "reference": Contender(reference),
+    "reference-tuned": Contender(reference, _grid(rate=(1e-3, 3e-3), steps=(300, 1000))),
+    "loraclr-closed": Contender(on_model("loraclr", speed="closed")),
+    "loraclr-fast": Contender(on_model("loraclr", speed="fast")),
+    "loraclr": Contender(on_model("loraclr", speed="balanced")),
+    "loraclr-best": Contender(on_model("loraclr", speed="best")),
+}

@@ -1,0 +1,75 @@
+"""What is drawn: prompts to report on and prompts to tune on, disjoint in prompt and noise, and what must be found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from miniature import demo
+from miniature.evaluate import Wanted, alone, beside, singles
+from miniature.vocabulary import CLASSES, CONCEPTS, Concept
+
+REPORTING = demo.COLOURS  # no prompt that a merge looks at for a concept names these
+TUNING = ("red", "green", "blue", "gray")
+#: Noise begins here; a merge draws from its own small seed on.
+REPORTING_NOISE, TUNING_NOISE, APART = 1_000_000, 2_000_000, 10_000
+PARTS = ("concepts", "beside", "pairs", "base")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many pictures: of each concept, of each beside a base object, of pairs, of base classes, to tune with."""
+
+    concept: int = 8
+    beside: int = 4
+    pairs: int = 24
+    base: int = 32
+    tune: int = 2
+    steps: int = demo.STEPS
+
+
+QUICK = Plan(concept=4, beside=2, pairs=8, base=8, tune=0, steps=10)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture to draw: the concept that it is about (its place among the merged ones; None: a base prompt)."""
+
+    wanted: Wanted
+    place: int | None
+    noise: int
+
+
+def chosen(count: int, seed: int) -> tuple[Concept, ...]:
+    """`count` of the miniature's concepts, in its order; another seed takes others."""
+    names = {concept.name for concept in random.Random(f"{count} {seed}").sample(CONCEPTS, count)}
+    return tuple(concept for concept in CONCEPTS if concept.name in names)
+
+
+def reporting(concepts: Sequence[Concept], plan: Plan, seed: int) -> dict[str, list[Shot]]:
+    """Everything that is drawn for one row, by part."""
+    parts = {
+        "concepts": [(w, k) for k, c in enumerate(concepts) for w in alone(c, plan.concept, REPORTING)],
+        "beside": [(w, k) for k, c in enumerate(concepts) for w in beside(c, plan.beside, REPORTING)],
+        "pairs": [(_pair(*pair), None) for pair in demo.pairs_of(concepts, plan.pairs)],
+        "base": [(w, None) for w in singles(-(-plan.base // len(CLASSES)), REPORTING)[: plan.base]],
+    }
+    start = REPORTING_NOISE + seed * APART
+    return {
+        part: [Shot(wanted, place, start + 1000 * PARTS.index(part) + k) for k, (wanted, place) in enumerate(shots)]
+        for part, shots in parts.items()
+    }
+
+
+def tuning(concepts: Sequence[Concept], plan: Plan, seed: int) -> list[Shot]:
+    """What options are chosen on."""
+    shots = [(w, k) for k, c in enumerate(concepts) for w in alone(c, plan.tune, TUNING)]
+    return [Shot(wanted, place, TUNING_NOISE + seed * APART + k) for k, (wanted, place) in enumerate(shots)]
+
+
+def _pair(left: Concept, right: Concept, prompt: str) -> Wanted:
+    colour = prompt.partition(" on a ")[2].partition(" ")[0]
+    if right.is_style:
+        return Wanted(prompt, (left.name,), right.name, colour)
+    return Wanted(prompt, (left.name, right.name), colour=colour)

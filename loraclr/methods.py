@@ -1,0 +1,256 @@
+"""Every way of merging by its name: which exist, what each does, and the merges that need only the files."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from loraclr import merging
+from loraclr.baselines import arithmetic, blocks
+from loraclr.baselines.fitting import by_gradient_fusion, by_reference
+from loraclr.capture import Changes, is_text
+from loraclr.factor import decompose, truncate
+from loraclr.hosts import Host
+from loraclr.lora import Layer, LoRA
+from loraclr.merging import Concept, Fit, Merge, Progress, Settings
+from loraclr.solve import Change
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to merge by weights alone.
+
+    Attributes:
+        rank: largest rank; None: the sum of the LoRAs' ranks (for svd the largest of them), which keeps a sum exact.
+        density: share of the entries that ties, dare and magnitude-prune keep.
+        scale: the merged change times this.
+        seed: of what dare drops.
+        blocks: for each LoRA its block weights (see `loraclr.baselines.blocks`), or None; empty: none has any.
+    """
+
+    rank: int | None = None
+    density: float = 0.5
+    scale: float = 1.0
+    seed: int = 0
+    blocks: tuple[tuple[float, ...] | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """What a method by weights is told of one layer: options, the number of all LoRAs, and its randomness."""
+
+    options: Options
+    count: int
+    generator: torch.Generator
+
+
+#: The changes that LoRAs make to one layer → the merged one, as factors or dense (o, d).
+Arithmetic = Callable[[Sequence[Change], Layerwise], Change | Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of merging.
+
+    Attributes:
+        text: one sentence for users.
+        arithmetic: how it merges a layer by weights alone; None: it looks at the model.
+        fit: how it solves a layer that it has looked at; None: the closed form, as LoRACLR does.
+        settings: what it needs otherwise than usual, if it looks at the model.
+        uses_density: whether `Options.density` means anything to it.
+        offered: whether users are offered it; the others are there to be compared with.
+    """
+
+    name: str
+    text: str
+    arithmetic: Arithmetic | None = None
+    fit: Fit | None = None
+    settings: dict = field(default_factory=dict)
+    uses_density: bool = False
+    offered: bool = True
+
+    @property
+    def needs_model(self) -> bool:
+        return self.arithmetic is None
+
+
+def _on_dense(merge: Callable[[Sequence[Tensor], Layerwise], Tensor]) -> Arithmetic:
+    return lambda changes, layer: merge([arithmetic.dense(change) for change in changes], layer)
+
+
+_ALL = (
+    Method("loraclr", "Fits one LoRA to what each LoRA does in the model on its own prompts, then polishes it."),
+    Method("sum", "Adds the LoRAs up, exactly as if all were stacked in the prompt.",
+           lambda changes, _: arithmetic.concat(changes)),
+    Method("average", "Adds the LoRAs up and divides by their number.",
+           lambda changes, layer: arithmetic.average(changes, layer.count)),
+    Method("concat", "Keeps the LoRAs' factors side by side: the exact sum, whatever their ranks; takes no --rank.",
+           lambda changes, _: arithmetic.concat(changes)),
+    Method("svd", "Adds the LoRAs up and cuts the sum to --rank (default: the largest of their ranks).",
+           lambda changes, _: arithmetic.concat(changes)),
+    Method("ties", "Keeps each LoRA's largest weights, and where LoRAs disagree in sign only the stronger side.",
+           _on_dense(lambda deltas, layer: arithmetic.ties(deltas, layer.options.density)), uses_density=True),
+    Method("dare-ties", "Drops weights at random and scales the rest up, then settles signs as ties does.",
+           _on_dense(lambda deltas, layer: arithmetic.dare_ties(deltas, layer.options.density, layer.generator)),
+           uses_density=True),
+    Method("dare-linear", "Drops weights at random, scales the rest up, and adds the LoRAs up.",
+           _on_dense(lambda deltas, layer: arithmetic.dare_linear(deltas, layer.options.density, layer.generator)),
+           uses_density=True),
+    Method("magnitude-prune", "Adds up only the largest weights of each LoRA.",
+           _on_dense(lambda deltas, layer: arithmetic.magnitude_prune(deltas, layer.options.density)),
+           uses_density=True),
+    Method("orthogonal", "Adds the LoRAs up after giving each inputs of its own, where few enough of them allow it.",
+           lambda changes, _: arithmetic.orthogonal(changes)),
+    Method("gradient-fusion", "Fits one LoRA layer by layer as Mix-of-Show does, by L-BFGS with its iterations.",
+           fit=by_gradient_fusion, settings={"speed": "closed"}),
+    Method("factor-sum", "Adds the factors instead of the changes, as some tools do: LoRAs of one rank only.",
+           lambda changes, _: arithmetic.factor_sum(changes), offered=False),
+    Method("reference", "The optimisation loop of the LoRACLR authors' code, on a dense change of each layer.",
+           fit=by_reference, settings={"speed": "closed", "guidance": 1.0, "steps": 20}, offered=False),
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def merge(
+    host: Host,
+    concepts: Sequence[Concept],
+    method: str = "loraclr",
+    settings: Settings | None = None,
+    progress: Progress = lambda *_: None,
+) -> Merge:
+    """Merge with a method that looks at the model; errors as `loraclr.merging.merge`."""
+    chosen = METHODS[method]
+    settings = replace(settings or Settings(), **chosen.settings)
+    fit = {} if chosen.fit is None else {"fit": chosen.fit}
+    result = merging.merge(host, concepts, settings, progress, **fit)
+    result.method = method
+    return result
+
+
+def combine(
+    concepts: Sequence[Concept], method: str, options: Options | None = None, progress: Progress = lambda *_: None
+) -> Merge:
+    """Merge by weights alone: no model is needed, nor trigger words. One layer is dense at a time.
+
+    Raises:
+        ValueError: see `check`, or the method cannot merge these LoRAs; one sentence.
+        Cancelled: `progress` may raise it to stop.
+    """
+    chosen, options = METHODS[method], options or Options()
+    if chosen.arithmetic is None:
+        raise ValueError(f"The method {method} looks at the model: give a checkpoint.")
+    if method == "concat" and options.rank is not None:
+        raise ValueError("The method concat keeps every rank: choose svd to limit it.")
+    check(concepts)
+    started = time.monotonic()
+    result = Merge(concepts[0].lora.family, list(concepts), options, method=method)
+    generator = torch.Generator().manual_seed(options.seed)
+    changes = _asked(concepts, options)
+    whole = len({name for change in changes for name in change})
+    for place, (name, present) in enumerate(_by_layer(changes)):
+        progress("Merging layers", place / whole, None)
+        try:
+            merged = chosen.arithmetic(present, Layerwise(options, len(concepts), generator))
+        except ValueError as error:
+            raise ValueError(f"The method {method} cannot merge these LoRAs: in {name}, {error}") from error
+        up, down = _cut(merged, options.scale, _rank(method, options, present))
+        like = next(concept.lora.layers[name] for concept in concepts if name in concept.lora.layers)
+        result.layers[name] = Layer(up, down, float(up.shape[1]), like.conv, like.kernel)
+    if not result.layers:
+        raise ValueError("Every block weight is 0, so nothing is left to merge: give one that is not.")
+    result.seconds["merge"] = time.monotonic() - started
+    progress("Done", 1.0, 0.0)
+    return result
+
+
+def check(concepts: Sequence[Concept]) -> None:
+    """Refuse LoRAs that do not belong together, as far as their files tell.
+
+    Raises:
+        ValueError: one sentence that names the LoRA and says what to do.
+    """
+    if not concepts:
+        raise ValueError("No LoRA is chosen: choose at least one.")
+    check_family([concept.lora for concept in concepts])
+    first: dict[str, tuple[str, tuple[int, int]]] = {}
+    for concept in concepts:
+        if not math.isfinite(concept.weight) or concept.weight == 0:
+            raise ValueError(f"{concept.lora.name} has weight {concept.weight}: give it a number other than 0.")
+        for name, layer in concept.lora.layers.items():
+            if not isinstance(layer, Layer):
+                raise ValueError(
+                    f"{concept.lora.name} holds {layer.format} layers ({name}), and by weights alone only plain LoRAs "
+                    "can be merged: use the method loraclr, with a checkpoint."
+                )
+            shape = layer.size
+            other, known = first.setdefault(name, (concept.lora.name, shape))
+            if shape != known:
+                raise ValueError(
+                    f"{concept.lora.name} does not fit {other}: its {name} is {shape[0]}×{shape[1]}, the other's "
+                    f"{known[0]}×{known[1]}; they were made for different models."
+                )
+
+
+def check_family(loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs of different model families.
+
+    Raises:
+        ValueError: one sentence that names two of them.
+    """
+    for lora in loras:
+        if lora.family != loras[0].family:
+            raise ValueError(
+                f"{loras[0].name} is for {loras[0].family.upper()} and {lora.name} for {lora.family.upper()}: "
+                "only LoRAs of one model family can be merged."
+            )
+
+
+def _asked(concepts: Sequence[Concept], options: Options) -> list[Changes]:
+    """Each LoRA's changes at its strength, and its blocks at theirs."""
+    asked = []
+    weights = options.blocks or (None,) * len(concepts)
+    for concept, numbers in zip(concepts, weights, strict=True):
+        changes = plain(concept.lora, concept.weight, concept.text_weight)
+        if numbers is not None:
+            try:
+                changes = blocks.weighted(changes, blocks.weights_of(numbers, concept.lora.family))
+            except ValueError as error:
+                raise ValueError(f"{concept.lora.name}: {error}") from error
+        asked.append(changes)
+    return asked
+
+
+def plain(lora: LoRA, weight: float = 1.0, text_weight: float | None = None) -> Changes:
+    """The factors of a LoRA of plain layers at a strength, as `capture.changes_of` gives them, without a model."""
+    strength = {False: weight, True: weight if text_weight is None else text_weight}
+    return {
+        name: (layer.up * (layer.scale * strength[is_text(name)]), layer.down) for name, layer in lora.layers.items()
+    }
+
+
+def _by_layer(changes: Sequence[Changes]) -> Iterator[tuple[str, list[Change]]]:
+    for name in dict.fromkeys(name for change in changes for name in change):
+        yield name, [change[name] for change in changes if name in change]
+
+
+def _rank(method: str, options: Options, present: Sequence[Change]) -> int:
+    ranks = [down.shape[0] for _, down in present]
+    return options.rank or (max(ranks) if method == "svd" else sum(ranks))
+
+
+def _cut(merged: Change | Tensor, scale: float, rank: int) -> Change:
+    """Factors of at most `rank`; those of a sum that fits are left as they are."""
+    if isinstance(merged, Tensor):
+        return decompose(scale * merged, rank)
+    up, down = scale * merged[0], merged[1]
+    return (up, down) if down.shape[0] <= rank else truncate(up, down, rank)
+
+
+def stacked(changes: Sequence[Changes]) -> Changes:
+    """All LoRAs at once, as stacking them in the prompt does: the exact sum of every layer."""
+    return {name: arithmetic.concat(present) for name, present in _by_layer(changes)}

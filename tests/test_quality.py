@@ -1,0 +1,267 @@
+"""The quality benchmark: what is drawn, what is compared, how a stopped run goes on; the host only pretends to draw."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from benchmarks import contenders, quality, results, scenes
+from benchmarks.results import FIGURES, Piece, Pieces
+from benchmarks.scenes import QUICK, Plan
+from loraclr import files, methods, prompts, report
+from loraclr.lora import Layer
+from miniature.drawing import draw
+from miniature.judge import Judge
+from miniature.vocabulary import CONCEPT, CONCEPTS
+
+UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TINY = Plan(concept=2, beside=1, pairs=2, base=4, tune=1, steps=1)
+
+
+class Host:
+    """Draws noise that depends on seed, prompt and the changes that are applied."""
+
+    family, device, size = "sd1", torch.device("cpu"), 128
+
+    def __init__(self) -> None:
+        self.layer = torch.nn.Linear(4, 4, bias=False)
+        torch.nn.init.zeros_(self.layer.weight)
+        self.drawn: list[tuple[str, int, float]] = []
+
+    def layers(self) -> dict[str, torch.nn.Module]:
+        return {UNET: self.layer}
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seed: int, *_: object) -> list[Image.Image]:
+        change = float(self.layer(torch.ones(1, 4)).sum())
+        pictures = []
+        for place, prompt in enumerate(prompts):
+            self.drawn.append((prompt, seed + place, change))
+            levels = np.random.default_rng(seed + place).integers(60, 190, (128, 128, 3)) + 10 * change
+            pictures.append(Image.fromarray(levels.clip(0, 255).astype(np.uint8)))
+        return pictures
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the benchmark on LoRAs of one layer; returns (host, run)."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for place, concept in enumerate(CONCEPTS):
+        up = torch.zeros(4, 1)
+        up[place % 4] = 1 + place / 12
+        down = torch.eye(4)[place % 3][None] if place < 3 else torch.ones(1, 4)
+        files.save(folder / f"{concept.name}.safetensors", {UNET: Layer(up, down, 1.0)}, {})
+    monkeypatch.setattr(quality, "LORAS", folder)
+    host, judge = Host(), Judge.load()
+
+    def run(names=("sum", "average"), counts=(2,), seeds=1, plan=TINY) -> list[dict]:
+        return quality.run(tmp_path / "q.json", plan, counts, seeds, names, host, judge)
+
+    return host, run
+
+
+class TestScenes:
+    def test_reporting_tuning_and_merging_never_share_a_prompt_or_noise(self) -> None:
+        plan = Plan()
+        reporting = [s for seed in range(3) for part in scenes.reporting(CONCEPTS, plan, seed).values() for s in part]
+        tuning = [shot for seed in range(3) for shot in scenes.tuning(CONCEPTS, plan, seed)]
+        merging = {line for c in CONCEPTS for line in prompts.filled(c.phrase, "style" if c.is_style else "subject")}
+        merging |= set(prompts.NEUTRAL)
+        told = {shot.wanted.prompt for shot in reporting}
+        assert not told & {shot.wanted.prompt for shot in tuning}
+        assert not told & merging
+        noise = [shot.noise for shot in reporting]
+        assert len(set(noise)) == len(noise)  # no two seeds share one either
+        assert not set(noise) & {shot.noise for shot in tuning}
+        assert min(noise) > 100_000  # a merge draws from its seed on, one noise for each prompt
+
+    def test_counts(self) -> None:
+        for plan in (Plan(), QUICK, TINY):
+            parts = scenes.reporting(scenes.chosen(4, 0), plan, 0)
+            assert len(parts["concepts"]) == 4 * plan.concept
+            assert len(parts["beside"]) == 4 * plan.beside
+            assert len(parts["base"]) == plan.base
+            assert len(parts["pairs"]) == plan.pairs
+
+    def test_seeds_choose_concepts_and_every_colour_is_known(self) -> None:
+        assert scenes.chosen(12, 0) == CONCEPTS
+        assert scenes.chosen(4, 0) == scenes.chosen(4, 0)
+        assert len({scenes.chosen(4, seed) for seed in range(3)}) > 1
+        for part in scenes.reporting(CONCEPTS, Plan(), 0).values():
+            assert all(shot.wanted.colour in scenes.REPORTING for shot in part)
+
+    def test_a_thing_in_a_style_is_one_object(self) -> None:
+        shots = scenes.reporting((CONCEPT["tiger"], CONCEPT["outline"]), TINY, 0)["pairs"]
+        assert {(shot.wanted.objects, shot.wanted.look) for shot in shots} == {(("tiger",), "outline")}
+
+
+class TestRun:
+    def test_rows_have_every_figure_with_its_error(self, bench, tmp_path: Path) -> None:
+        _, run = bench
+        found = run()
+        assert [(row["concepts"], row["method"]) for row in found] == [
+            (2, "base"), (2, "single"), (2, "sum"), (2, "average"),
+        ]  # fmt: skip
+        for row in found:
+            for figure in FIGURES:
+                missing = row["method"] == "single" and figure == "two_concept"
+                assert (row[figure] is None) == missing, (row["method"], figure)
+                assert missing or row[f"{figure}_se"] >= 0
+        assert json.loads((tmp_path / "q.json").read_text()) == {"rows": found}
+
+    def test_what_is_compared_with_what(self, bench) -> None:
+        _, run = bench
+        base, single, added, _ = run()
+        assert single["image"] == pytest.approx(1, abs=1e-4) and single["pixel"] == 0 and single["identity_delta"] == 0
+        assert base["base_drift"] == 0 and base["pixel"] > 0
+        assert added["base_drift"] > 0 and added["pixel"] > 0
+        assert added["identity_delta"] == pytest.approx(added["identity"] - single["identity"], abs=1e-4)
+
+    def test_each_row_draws_with_its_own_changes_and_the_same_noise(self, bench) -> None:
+        host, run = bench
+        run(names=("sum",))
+        by_prompt: dict[tuple[str, int], set[float]] = {}
+        for prompt, noise, change in host.drawn:
+            by_prompt.setdefault((prompt, noise), set()).add(round(change, 3))
+        names = scenes.chosen(2, 0)
+        shots = scenes.reporting(names, TINY, 0)["concepts"]
+        both = by_prompt[shots[0].wanted.prompt, shots[0].noise] | by_prompt[shots[-1].wanted.prompt, shots[-1].noise]
+        own = sorted(both)[1:3]  # 0 is the base, then each LoRA alone, then their sum
+        assert min(both) == 0
+        assert max(both) == pytest.approx(sum(own), abs=2e-3)
+
+    def test_a_stopped_run_goes_on(self, bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        host, run = bench
+        run(names=("sum",))
+        before = (tmp_path / "q.jsonl").read_text()
+        host.drawn.clear()
+        first = run(names=("sum",))
+        assert host.drawn == []  # all is there
+        (tmp_path / "q.jsonl").write_text(before[:-40])  # stopped within the last line
+        again = run(names=("sum",))
+        assert [row["identity"] for row in again] == [row["identity"] for row in first]
+        assert {change for *_, change in host.drawn} != {0.0}
+        assert len(host.drawn) == 2 * TINY.concept + 2 * TINY.beside + TINY.pairs + TINY.base  # one row anew
+        host.drawn.clear()
+        run(names=("sum",), plan=replace(TINY, concept=3))
+        assert host.drawn  # another plan, other pictures
+
+    def test_a_method_that_cannot_merge_says_so(self, bench) -> None:
+        _, run = bench
+        rows = {(row["concepts"], row["method"]): row for row in run(names=("orthogonal",), counts=(12,))}
+        row = rows[12, "orthogonal"]
+        assert row["identity"] is None and "cannot be made orthogonal" in row["refused"]
+        assert "cannot be made orthogonal" in report.text(results.table(list(rows.values())))
+
+    def test_options_are_chosen_on_tuning_prompts_only_and_once(self, bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        host, run = bench
+        grid = ({"scale": 0.5}, {"scale": 2.0})
+        monkeypatch.setitem(contenders.CONTENDERS, "sum", replace(contenders.CONTENDERS["sum"], grid=grid))
+        row = run(names=("sum",), seeds=2)[-1]
+        assert row["settings"] in grid
+        assert row["seeds"] == 2
+        tuned = [noise for _, noise, _ in host.drawn if noise >= scenes.TUNING_NOISE]
+        assert len(tuned) == len(grid) * 2 * TINY.tune
+
+
+def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras() -> None:
+    for name in ("factor-sum", "svd", "ties", "dare-ties", "dare-linear", "magnitude-prune", "orthogonal", "average"):
+        asked = [quality._asked(CONCEPT[concept]) for concept in ("tiger", "panda")]
+        contender = contenders.CONTENDERS[name]
+        entry = contender.run(None, asked, 0, contender.grid[-1] if contender.grid else {})
+        assert len(entry.each) == 2
+        assert set(entry.together) == set(asked[0].lora.layers)
+        assert entry.merge_s > 0
+
+
+def test_a_dense_method_is_not_cut_in_the_benchmark() -> None:
+    asked = [quality._asked(CONCEPT[concept]) for concept in ("tiger", "panda")]
+    entry = contenders.CONTENDERS["ties"].run(None, asked, 0, {})
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
+    deltas = [concept.lora.layers[name].delta() for concept in asked]
+    expected = methods.arithmetic.ties(deltas, 0.5)
+    up, down = entry.together[name]
+    torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_drawing_in_batches_keeps_the_noise() -> None:
+    host = Host()
+    told: list[int] = []
+    pictures = draw(host, {}, ["x"] * 20, 7, 1, told.append)
+    assert [noise for _, noise, _ in host.drawn] == list(range(7, 27))
+    assert sum(told) == len(pictures) == 20
+
+
+def test_errors_are_of_the_mean_over_all_pictures() -> None:
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    pieces = [Piece(2, method, seed, {}, values) for method in ("single", "sum") for seed in (0, 1)]
+    row = results.rows(pieces)[1]
+    assert (row["seeds"], row["identity"], row["top1"]) == (2, 0.5, 0.5)
+    assert row["identity_se"] == pytest.approx(float(np.std([1, 0, 1, 0], ddof=1)) / 2, abs=1e-5)
+    assert (row["identity_delta"], row["identity_delta_se"]) == (0, 0)
+
+
+def test_pieces_of_another_plan_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pieces.jsonl"
+    Pieces(path, {"concept": 1}).add(Piece(2, "sum", 0, {"concept": 1}))
+    assert Pieces(path, {"concept": 2}).done == {}
+    assert list(Pieces(path, {"concept": 1}).done) == [(2, "sum", 0)]
+
+
+def test_plots_are_drawn(tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    pieces = [Piece(n, name, 0, {}, values, 1.0, 2.0) for n in (2, 4) for name in ("single", "sum", "loraclr")]
+    pieces.append(Piece(4, "orthogonal", 0, {}, refused="no"))
+    (tmp_path / "q.json").write_text(json.dumps({"rows": results.rows(pieces)}))
+    plots.main([str(tmp_path / "q.json"), str(tmp_path / "plots")])
+    for name in ("against-count", "against-cost"):
+        with Image.open(tmp_path / "plots" / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_a_method_has_one_colour_in_every_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    kept = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    alone = {**values, "two_concept": []}
+    pieces = [Piece(2, "single", 0, {}, alone), Piece(2, "sum", 0, {}, values)]
+    plots.against_count(results.rows(pieces), tmp_path / "never")
+    colours: dict[str, set] = {}
+    for axes in kept[0].axes:
+        for bars in axes.containers:
+            colours.setdefault(bars.get_label(), set()).add(bars.lines[0].get_color())
+    assert sorted(colours) == ["single", "sum"]
+    assert all(len(found) == 1 for found in colours.values())
+
+
+def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    rows = [{"concepts": 2, "method": method} for method in ("single", "sum", "refused")]
+    for level, method in ((50, "single"), (100, "sum")):
+        strip = Image.new("L", (8 * 4, 8), 0)  # two concepts, two pictures of each
+        for place in range(4):
+            strip.paste(level + place, (8 * place, 0, 8 * place + 8, 8))
+        strip.convert("RGB").save(tmp_path / f"2-0-{method}-concepts.png")
+    with Image.open(plots.grid(rows, tmp_path, tmp_path / "grid.png")) as grid:
+        assert grid.size == (150 + 16, 16)
+        found = [[grid.getpixel((x, y))[0] for x in (154, 162)] for y in (4, 12)]
+    assert found == [[50, 52], [100, 102]]
+    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+        plots.grid(rows, tmp_path / "elsewhere", tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize("arguments", [["--counts", "2,13"], ["--methods", "sum,magic"], ["--seeds", "x"]])
+def test_bad_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.parser().parse_args(arguments)
