@@ -81,8 +81,8 @@ class Settings:
     scenes: int = 0
     binding: float = 0.5
     ridge: float = 1e-3
-    steps: int = 10
-    guidance: float = 5.0
+    steps: int = 16
+    guidance: float = 4.0
     size: int | None = None
     tokens: int = 256
     batch: int = 4

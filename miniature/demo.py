@@ -107,7 +107,7 @@ class _Pace:
 
     def __init__(self, plan: Plan, progress: merging.Progress) -> None:
         self.progress, self.done, self.start = progress, 0.0, time.monotonic()
-        self.merges = {count: 180 * (count + 1) + 96 * merging.POLISH_STEPS[plan.speed] for count in plan.counts}
+        self.merges = {count: 288 * (count + 1) + 96 * merging.POLISH_STEPS[plan.speed] for count in plan.counts}
         drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
         self.whole = sum(self.merges.values()) + 2 * STEPS * plan.pictures * drawn
 
