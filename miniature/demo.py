@@ -271,13 +271,14 @@ def galleries(turn: Round) -> list[Gallery]:
 
 
 def before_after(turn: Round, concepts: int = 4, pairs: int = 1, zoom: int = 2) -> Image.Image:
-    """One picture for the README: the LoRAs stacked above, merged below, same prompts and noise, first seeds."""
+    """One picture for the README: the LoRAs stacked above, merged below, same prompts and noise."""
     strips = []
     for method in (SUM, MERGED):
         drawings = [turn.singles[method][concept.name] for concept in turn.concepts[:concepts]]
         drawings += list(turn.pairs.get(method, {}).values())[:pairs]
-        strips.append([(drawing.prompts[0], drawing.pictures[0]) for drawing in drawings])
-    side, gap, head = strips[0][0][1].width * zoom, 12, 30
+        # Not chosen by hand: the k-th concept shows its k-th picture, so that backgrounds differ.
+        strips.append([drawing.pictures[place % len(drawing.pictures)] for place, drawing in enumerate(drawings)])
+    side, gap, head = strips[0][0].width * zoom, 12, 30
     width = len(strips[0]) * (side + gap) + gap
     sheet = Image.new("RGB", (width, 2 * (side + gap + head) + gap), (255, 255, 255))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
@@ -285,7 +286,7 @@ def before_after(turn: Round, concepts: int = 4, pairs: int = 1, zoom: int = 2) 
     for row, (name, strip) in enumerate(zip(names, strips, strict=True)):
         top = row * (side + gap + head)
         pen.text((gap, top + 6), name, (40, 40, 50), font)
-        for place, (_, picture) in enumerate(strip):
+        for place, picture in enumerate(strip):
             enlarged = picture.resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (gap + place * (side + gap), top + head))
     return sheet
