@@ -32,7 +32,6 @@ def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tenso
     wanted, system = mix @ cross, gram.to(device, dtype)
     scale = float(wanted.abs().max())
     found = torch.zeros_like(wanted).requires_grad_()
-    best, lowest = torch.zeros_like(wanted), 0.0  # once converged, torch's line search may end in NaN
     if scale > 0:
         search = torch.optim.LBFGS(
             [found], lr=1, max_iter=steps, max_eval=4 * steps, history_size=25, line_search_fn="strong_wolfe",
@@ -40,17 +39,13 @@ def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tenso
         )  # fmt: skip
 
         def loss() -> Tensor:
-            nonlocal best, lowest
             search.zero_grad()
             slope = found.detach() @ system
             found.grad = 2 * (slope - wanted) / scale
-            value = ((slope - 2 * wanted) * found.detach()).sum() / scale
-            if value < lowest:
-                best, lowest = found.detach().clone(), float(value)
-            return value
+            return ((slope - 2 * wanted) * found.detach()).sum() / scale
 
         search.step(loss)
-    return basis.to(ups[0]), best.to(ups[0])
+    return basis.to(ups[0]), found.detach().to(ups[0])
 
 
 class GradientFusion(Statistics):
