@@ -15,7 +15,7 @@ from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
 from loraclr.merging import Cancelled, Concept, Settings, merge, write
 
-CLOSED = Settings(speed="closed", steps=4, anchor=0.0, ridge=1e-8)
+CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
 
 
 def weights(host: ToyHost) -> list[torch.Tensor]:

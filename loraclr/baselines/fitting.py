@@ -23,13 +23,15 @@ def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tenso
     gram: G = Σ X_iᵀX_i (d, d); ups: B_i (o, r_i); crosses: A_iG_i (r_i, d). The objective equals the one over samples.
     Its gradient 2(ΔW G − Σ B_iA_iG_i) lies in the span of the B_i, and so does every iterate, so it is enough to search
     M in ΔW = QM with an orthonormal basis Q of that span: the steps are those for the dense ΔW, but for the length
-    tried first, which torch takes from the gradient's 1-norm. No ridge; what keeps directions without data small is
-    that L-BFGS stops early. Returns (o, k) and (k, d), k ≤ Σr_i.
+    tried first, which torch takes from the gradient's 1-norm. The ridge is 1e-6, against rounding only; what keeps
+    directions without data small is that L-BFGS stops early. Returns (o, k) and (k, d), k ≤ Σr_i.
     """
     device, dtype = float64_device(gram.device), torch.float64
     basis, mix = torch.linalg.qr(torch.cat(list(ups), 1).to(device, dtype))
     cross = torch.cat(list(crosses)).to(device, dtype)
-    wanted, system = mix @ cross, gram.to(device, dtype)
+    wanted, system = mix @ cross, gram.to(device, dtype, copy=True)
+    # Sums in float32 may leave the smallest eigenvalue a little below 0, and the objective without a minimum.
+    system.diagonal().add_(1e-6 * float(system.diagonal().mean()))
     scale = float(wanted.abs().max())
     found = torch.zeros_like(wanted).requires_grad_()
     if scale > 0:
