@@ -4,8 +4,8 @@ The parts do not wait for each other more than they must: the judge and the VAE 
 latents by design (not the VAE), the LoRAs need the UNet. On CPUs with few cores, start several parts in processes of
 one thread each (OMP_NUM_THREADS=1): two processes that share cores with two threads each run many times slower.
 The weights in git were trained with the numbers of steps below, in several sittings; the totals, and with them the
-rates' cosine, were lengthened or shortened on the way. The LoRAs' first 1700 steps had fewer whole pictures, and they and
-the base had noise levels drawn one by one.
+rates' cosine, were lengthened or shortened on the way. The LoRAs' first 1700 steps had fewer whole pictures, and they
+and the base had noise levels drawn one by one.
 """
 
 from __future__ import annotations
