@@ -70,7 +70,7 @@ def measure(bench: Bench, key: tuple[int, str, int], contender: Contender) -> Pi
     """Merge, draw and judge one piece, and keep it."""
     count, method, seed = key
     chosen = scenes.chosen(count, seed)
-    asked = [_asked(concept) for concept in chosen]
+    asked = [to_merge(concept) for concept in chosen]
     about = {"concepts": count, "method": method, "seed": seed, "plan": bench.pieces.plan}
     about["names"] = [concept.name for concept in chosen]
     options = bench.pieces.settings_of(count, method)
@@ -105,7 +105,7 @@ def draw_references(
             save_strip(drawings(bench, entry, part, shots[part]), strip)
 
 
-def _asked(concept: Concept) -> merging.Concept:
+def to_merge(concept: Concept) -> merging.Concept:
     lora = files.load(LORAS / f"{concept.name}.safetensors")
     return merging.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
 

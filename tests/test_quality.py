@@ -13,7 +13,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from benchmarks import contenders, quality, results, scenes
+from benchmarks import contenders, margins, quality, results, scenes
 from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
 from loraclr import files, methods, prompts, report
@@ -175,7 +175,7 @@ class TestRun:
 
 def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras() -> None:
     for name in ("factor-sum", "svd", "ties", "dare-ties", "dare-linear", "magnitude-prune", "orthogonal", "average"):
-        asked = [quality._asked(CONCEPT[concept]) for concept in ("tiger", "panda")]
+        asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
         contender = contenders.CONTENDERS[name]
         entry = contender.run(None, asked, 0, contender.grid[-1] if contender.grid else {})
         assert len(entry.each) == 2
@@ -184,7 +184,7 @@ def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras() ->
 
 
 def test_a_dense_method_is_not_cut_in_the_benchmark() -> None:
-    asked = [quality._asked(CONCEPT[concept]) for concept in ("tiger", "panda")]
+    asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
     entry = contenders.CONTENDERS["ties"].run(None, asked, 0, {})
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
     deltas = [concept.lora.layers[name].delta() for concept in asked]
@@ -265,3 +265,20 @@ def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: 
 def test_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         quality.parser().parse_args(arguments)
+
+
+class TestMargins:
+    def test_every_cell_is_the_loop_with_its_margin_and_penalty(self, bench, tmp_path, monkeypatch) -> None:
+        told: list[dict] = []
+
+        def loop(host, concepts, seed, options):
+            told.append(options)
+            return contenders.single(host, concepts, seed, options)
+
+        monkeypatch.setattr(margins, "reference", loop)
+        cells = margins.run(bench[0], Judge.load(), 2, TINY, 0, 7, 0.5, (0.0, 1.0), (0.1,))
+        assert told == [{"margin": m, "penalty": 0.1, "steps": 7, "rate": 0.5} for m in (0.0, 1.0)]
+        assert [(one["margin"], one["penalty"]) for one in cells] == [(0.0, 0.1), (1.0, 0.1)]
+        lines = report.text(margins.table(cells, 2))
+        assert "m = 1" in lines and f"{cells[1]['identity']:.3f}" in lines
+        assert margins.plot(cells, tmp_path / "m.png").stat().st_size > 1000
