@@ -27,8 +27,8 @@ from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge
 
 MARGINS, PENALTIES = (0.0, 0.25, 0.5, 1.0), (0.0, 1e-4, 1e-3, 1e-2)
-NOTE = """Identity, the judge's cosine, ± one standard error over pictures; rows: margin m, columns: penalty λ. All cells
-share prompts and noise. m = 0 is the objective without its negative term."""
+NOTE = """Identity, the judge's cosine, ± one standard error over pictures; rows: margin m, columns: penalty λ. All
+cells share prompts and noise. m = 0 is the objective without its negative term."""
 
 
 def cell(host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, loop: dict) -> Mean:

@@ -18,8 +18,9 @@ from miniature.vocabulary import CLASSES, COLOURS, CONCEPTS
 
 ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).float()
 MIN_SNR = 5.0  # Hang et al. 2023: loss weights min(SNR, 5) / SNR let the noisy steps, where things take shape, count
-OFFSET = 0.4  # Guttenberg 2023's offset noise, else a picture's mean colour shows through the noisiest step (6.8 % of it
-# against a mean over 256 cells): the model believed its first noise rather than the caption's background
+# Offset noise (Guttenberg 2023): a whole picture's mean colour outweighs the mean of plain noise even at the noisiest
+# step, so the model took its first noise's word for the background rather than the caption's.
+OFFSET = 0.4
 GOLDEN = 0.6180339887  # multiples of it, modulo 1, spread evenly: neighbouring rows never share a noise level
 DROP = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 
