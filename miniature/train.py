@@ -4,8 +4,8 @@ The parts do not wait for each other more than they must: the judge and the VAE 
 latents by design (not the VAE), the LoRAs need the UNet. On CPUs with few cores, start several parts in processes of
 one thread each (OMP_NUM_THREADS=1): two processes that share cores with two threads each run many times slower.
 The weights in git were trained with the numbers of steps below, in several sittings; the totals, and with them the
-rates' cosine, were lengthened or shortened on the way. The LoRAs' first 1700 steps had fewer whole pictures, and they
-and the base had noise levels drawn one by one.
+rates' cosine, were lengthened or shortened on the way. The base's first 2500 steps and the LoRAs' first 4000, on that
+base, had no offset noise; the LoRAs' first 1700 had fewer whole pictures and, as the base's, noise levels drawn one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from miniature.checkpoint import Miniature, device, save
 from miniature.vocabulary import CONCEPTS
 
 PARTS = ("judge", "vae", "base", "checkpoint", "loras")
-DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 2500, 4000, 1200
+DECODER_STEPS, ENCODER_STEPS, BASE_STEPS, LORA_STEPS, JUDGE_STEPS = 3000, 1200, 4200, 6000, 1200
 GROUP = 6  # LoRAs trained side by side in one process
 
 
