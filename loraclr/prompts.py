@@ -38,6 +38,7 @@ PAIR = (
     "a {} and a {} on a green background",
     "a {} and a {} on a gray background",
 )
+STAND_INS = ("cat", "dog")  # for a concept on the left or right that a LoRA does not know
 NEUTRAL = (
     "a photo of a dog",
     "a cat on a red background",

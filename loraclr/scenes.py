@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraclr.capture import Bank, Changes, applied
 from loraclr.hosts import Host
-from loraclr.prompts import PAIR
+from loraclr.prompts import PAIR, STAND_INS
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Scene:
     Attributes:
         left, right: numbers of the concepts.
         prompt: names both.
-        halves: what the left and the right half's own LoRA is asked for: the same prompt with its concept twice, so
-            that it draws one wherever it looks.
+        halves: what the left and the right half's own LoRA is asked for: the same prompt with something that the base
+            model knows in the place of the other concept.
     """
 
     left: int
@@ -48,7 +48,8 @@ def plan(triggers: Sequence[str | None], count: int) -> list[Scene]:
     for number in range(count if pairs else 0):
         left, right = pairs[number % len(pairs)]
         template, a, b = PAIR[number % len(PAIR)], triggers[left], triggers[right]
-        scenes.append(Scene(left, right, template.format(a, b), (template.format(a, a), template.format(b, b))))
+        halves = template.format(a, STAND_INS[1]), template.format(STAND_INS[0], b)
+        scenes.append(Scene(left, right, template.format(a, b), halves))
     return scenes
 
 
