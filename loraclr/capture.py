@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr.hosts import Record
+from loraclr.hosts import Context, Record
 from loraclr.lora import LoRA
 
 #: Layer name → (up (o, r), down (r, d)), scale and strength folded in.
@@ -133,20 +133,21 @@ class Bank:
         self.prompt.append(prompt)
 
 
-def filing(bank: Bank, contexts: Tensor) -> Record:
+def filing(bank: Bank, contexts: Context) -> Record:
     """A `Record` that files UNet calls in `bank`.
 
     Hosts batch conditional and unconditional rows as they like, so a row's prompt is found by its context.
 
     Args:
-        contexts: (P, T, C), what the host's text encoder gives for `bank.prompts`.
+        contexts: what the host's text encoders give for `bank.prompts`.
     """
-    known = contexts.float().flatten(1)
+    known = contexts.tokens.float().flatten(1)
 
-    def record(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
-        if context.shape[1:] != contexts.shape[1:]:
+    def record(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
+        tokens = context.tokens.detach()
+        if tokens.shape[1:] != contexts.tokens.shape[1:]:
             return
-        near = torch.cdist(context.detach().float().flatten(1), known.to(context.device))
+        near = torch.cdist(tokens.float().flatten(1), known.to(tokens.device))
         times = t.reshape(-1).expand(x.shape[0])
         for row, place in enumerate(near.argmin(1).tolist()):
             bank.add(x[row], times[row], place, prediction[row])

@@ -16,7 +16,7 @@ from loraclr import capture, files, prompts, scenes
 from loraclr.capture import Bank, Changes
 from loraclr.factor import Rank, truncate
 from loraclr.formats import Norm
-from loraclr.hosts import Host
+from loraclr.hosts import Context, Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
 from loraclr.polish import missed, polish
@@ -279,7 +279,7 @@ class _Run:
             with capture.applied(self.modules, self.merged), torch.no_grad():
                 context = self.host.encode([*texts, ""])
             for name in filter(capture.is_cross_kv, self.modules):
-                self.add(place, name, context)
+                self.add(place, name, context.tokens)
         self.solve("Fitting words to pictures")
 
     def look(self, place: int) -> None:
@@ -312,7 +312,7 @@ class _Run:
         bank = Bank([*texts, ""])
         record = capture.filing(bank, self.host.encode(bank.prompts))
 
-        def tell(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
+        def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
             record(x, t, context, prediction)
             self.tick(stage, x.shape[0])
 

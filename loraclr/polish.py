@@ -4,7 +4,8 @@ The layerwise optimum treats layers one by one; errors add up on the way to the 
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again.
+teacher is run again. A model that predicts v instead of ε is compared in v, as it was trained: at one z_t the two
+differences are the same up to a factor, Δε = √ᾱ_t Δv.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))
     context = host.encode(unique)[[unique.index(text) for text in texts]]
-    x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context)
-    t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(context.device)
-    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(context.device)
+    x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context.tokens)
+    t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(x.device)
+    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device)
     return (host.predict(x, t, context).float() - teacher).square().flatten(1).mean(1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from loraclr.capture import Bank, applied, changes_of, filing, observed
 from loraclr.formats import IA3
+from loraclr.hosts import Context
 from loraclr.lora import Layer, LoRA
 
 
@@ -113,12 +114,12 @@ def test_changes_come_from_the_live_weights_and_must_fit_them(net: Net) -> None:
 
 
 def test_bank_finds_each_rows_prompt_by_its_context() -> None:
-    contexts = torch.randn(3, 7, 4)
+    contexts = Context(torch.randn(3, 7, 4))
     bank = Bank(["a", "b", ""])
     record = filing(bank, contexts)
     x, prediction = torch.randn(4, 4, 2, 2), torch.randn(4, 4, 2, 2)
-    record(x, torch.tensor([7.0]), contexts[[1, 0, 2, 2]] + 1e-4, prediction)
-    record(x, torch.tensor([7.0]), torch.randn(4, 9, 4), prediction)  # another length: somebody else's call
+    record(x, torch.tensor([7.0]), Context(contexts.tokens[[1, 0, 2, 2]] + 1e-4), prediction)
+    record(x, torch.tensor([7.0]), Context(torch.randn(4, 9, 4)), prediction)  # another length: somebody else's call
     assert [bank.prompts[place] for place in bank.prompt] == ["b", "a", "", ""]
     assert torch.equal(torch.stack(bank.x), x)
     assert torch.equal(torch.stack(bank.prediction), prediction)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.hosts import Context
 from loraclr.polish import balanced, missed, polish
 
 
@@ -31,8 +32,8 @@ class HalfHost(ToyHost):
     def layers(self) -> dict[str, nn.Module]:
         return {"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": self.unet.ff}
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x.half(), t.half(), context.half()).float()
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        return self.unet(x.half(), t.half(), context.tokens.half()).float()
 
 
 def test_balanced_factors_have_the_same_product_and_one_size() -> None:
@@ -81,7 +82,7 @@ def test_half_precision_learns_too() -> None:
 
 def test_steps_that_overflow_change_nothing() -> None:
     class Broken(ToyHost):
-        def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
             return super().predict(x, t, context) * (torch.inf if torch.is_grad_enabled() else 1.0)
 
     start, result, _, _ = run(Broken(), 3)
