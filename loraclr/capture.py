@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +26,18 @@ def is_text(name: str) -> bool:
 def is_cross_kv(name: str) -> bool:
     """Whether a layer is a cross-attention key or value projection: its input is the text, not the picture."""
     return name.endswith(("attn2_to_k", "attn2_to_v"))
+
+
+_FUSABLE = re.compile(r"(.+_(?:attn1_to|self_attn))_[qkv](_proj)?")
+
+
+def same_inputs(names: Iterable[str]) -> list[list[str]]:
+    """Layer names in groups that read the very same rows: q, k and v of a self-attention."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = _FUSABLE.fullmatch(name)
+        groups.setdefault(match[1] if match else name, []).append(name)
+    return list(groups.values())
 
 
 def changes_of(

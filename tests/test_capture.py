@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraclr.capture import Bank, applied, changes_of, filing, observed
+from loraclr.capture import Bank, applied, changes_of, filing, observed, same_inputs
 from loraclr.formats import IA3
 from loraclr.hosts import Context
 from loraclr.lora import Layer, LoRA
@@ -124,3 +124,17 @@ def test_bank_finds_each_rows_prompt_by_its_context() -> None:
     assert torch.equal(torch.stack(bank.x), x)
     assert torch.equal(torch.stack(bank.prediction), prediction)
     assert all(t.item() == 7.0 for t in bank.t)
+
+
+def test_only_q_k_v_of_a_self_attention_read_the_same() -> None:
+    block = "lora_unet_input_blocks_4_1_transformer_blocks_{}_attn{}_to_{}"
+    text = "lora_te{}_text_model_encoder_layers_0_self_attn_{}_proj"
+    together = [
+        [block.format(0, 1, side) for side in "qkv"],
+        [block.format(1, 1, side) for side in "kv"],
+        [text.format(1, side) for side in "qkv"],
+        [text.format(2, side) for side in "qkv"],
+    ]
+    alone = [block.format(0, 2, "q"), block.format(0, 2, "k"), block.format(0, 1, "out_0"), text.format(1, "out")]
+    groups = same_inputs([name for group in together for name in group] + alone)
+    assert groups == together + [[name] for name in alone]

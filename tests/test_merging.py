@@ -233,3 +233,18 @@ def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
     assert result.prompt("both") == "<lora:both:1> sks, zyk"
     with pytest.raises(FileExistsError):
         write(result, path)
+
+
+def test_layers_looked_at_in_passes_merge_to_the_same(monkeypatch) -> None:
+    results, drawn = [], []
+    for held in (10e9, 300.0):
+        monkeypatch.setattr("loraclr.merging.HELD", held)
+        host = ToyHost()
+        concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("a", "b"))]
+        told = []
+        results.append(merge(host, concepts, CLOSED, lambda *tick, told=told: told.append(tick[1])))
+        drawn.append(host.drawn)
+        assert told == sorted(told) and told[-1] == 1.0
+    assert drawn[1] > drawn[0]
+    for name, layer in results[0].layers.items():
+        torch.testing.assert_close(results[1].layers[name].delta(), layer.delta(), rtol=1e-4, atol=1e-5)

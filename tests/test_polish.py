@@ -89,3 +89,17 @@ def test_steps_that_overflow_change_nothing() -> None:
     for name, pair in balanced(start).items():
         for before, after in zip(pair, result[name], strict=True):
             torch.testing.assert_close(after, before)
+
+
+def test_rows_one_by_one_teach_the_same() -> None:
+    host = ToyHost()
+    layers = host.layers()
+    teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
+    banks = [bank_of(host, teacher, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
+    whole, single = (
+        polish(host, layers, start, banks, [1.0, 0.3], 5, 8, 0, lambda *_: None, at_once=at_once)
+        for at_once in (None, 1)
+    )
+    for name, pair in whole.items():
+        for a, b in zip(pair, single[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

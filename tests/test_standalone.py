@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import UNet2DConditionModel
 
 from loraclr import files, merging
 from loraclr.capture import applied, changes_of
-from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
+from loraclr.hosts.standalone import Standalone
 from loraclr.merging import Concept, Settings
 
 QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
@@ -20,7 +19,9 @@ QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts
 
 @pytest.fixture(scope="module", params=["sd2", "sdxl"])
 def host(request, tmp_path_factory) -> Standalone:
-    pipeline = tiny.pipeline(request.param, tmp_path_factory.mktemp("clip"), "v" if request.param == "sd2" else "epsilon")
+    pipeline = tiny.pipeline(
+        request.param, tmp_path_factory.mktemp("clip"), "v" if request.param == "sd2" else "epsilon"
+    )
     return Standalone(pipeline)
 
 

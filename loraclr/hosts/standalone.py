@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loraclr.hosts import Context, Record
+from loraclr.hosts.recompute import LARGE, recomputed
 from loraclr.keys import Family, kohya_name
 
 
@@ -91,7 +92,8 @@ class Standalone:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        yield
+        with recomputed(self.pipeline.unet) if self.size >= LARGE else nullcontext():
+            yield
 
 
 def _family(pipeline) -> Family:
@@ -163,7 +165,7 @@ def _pipeline(path: Path):
 
 @torch.no_grad()
 def predicts_noise(unet) -> bool:
-    """Whether a UNet of diffusers predicts ε, not v: at the last step z_t is nearly ε, which it would then give back."""
+    """Whether a UNet of diffusers predicts ε, not v: z_t of the last timestep is nearly ε, which it then gives back."""
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(unet.device, unet.dtype)
     prediction = unet(x, 999, encoder_hidden_states=torch.zeros(1, 77, width).to(x)).sample
