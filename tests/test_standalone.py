@@ -25,17 +25,10 @@ def host(request, tmp_path_factory) -> Standalone:
     return Standalone(pipeline)
 
 
-def concepts(host: Standalone, size: float = 0.1) -> list[Concept]:
-    """Two LoRAs as trainers make them: on attention and feed-forward layers of UNet and text encoders."""
-    layers = {
-        name: module
-        for name, module in host.layers().items()
-        if any(part in name for part in ("attn1", "attn2", "_ff_", "proj_in", "proj_out", "self_attn", "mlp"))
-    }
-    return [
-        Concept(tiny.random_lora(layers, host.family, f"lora{seed}", seed, size=size), word, prompts=("a {}",))
-        for seed, word in ((1, "sks"), (2, "zyk"))
-    ]
+def concepts(host: Standalone) -> list[Concept]:
+    layers = tiny.usual(host.layers())
+    loras = [tiny.random_lora(layers, host.family, f"lora{seed}", seed) for seed in (1, 2)]
+    return [Concept(lora, word, prompts=("a {}",)) for lora, word in zip(loras, ("sks", "zyk"), strict=True)]
 
 
 def test_the_family_and_what_the_model_predicts(host) -> None:

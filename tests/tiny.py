@@ -5,15 +5,18 @@ The text encoders are a CLIP of 3 layers and OpenCLIP's smallest, ViT-S-32-alt, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from loraclr import files
+from loraclr.hosts.standalone import Standalone
 from loraclr.keys import Family, compvis_unet_name
 from loraclr.lora import Layer, LoRA
 from miniature import autoencoder, checkpoint
@@ -73,8 +76,10 @@ def pipeline(family: Family, folder: Path, target: str = "epsilon"):
     )
 
 
-def random_lora(layers, family: Family, name: str, seed: int, rank: int = 2, size: float = 0.1) -> LoRA:
-    """A random LoRA on the given layers; `layers` as `loraclr.hosts.Host.layers` gives them."""
+def random_lora(
+    layers: Mapping[str, nn.Module], family: Family, name: str, seed: int, rank: int = 2, size: float = 0.1
+) -> LoRA:
+    """A random LoRA on the given layers."""
     generator = torch.Generator().manual_seed(seed)
     changes = {}
     for layer, module in layers.items():
@@ -200,3 +205,18 @@ def _yaml(family: Family, clip: str, target: str) -> dict:
         },
     }  # fmt: skip
     return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": engine}}
+
+
+def install_loras(family: Family, folder: Path, names: list[str]) -> None:
+    """Write random LoRAs on attention and feed-forward layers of UNet and text encoders, as trainers make them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = Standalone(pipeline(family, folder.parent / "tokenizer")).layers()
+    for seed, name in enumerate(names, start=1):
+        lora = random_lora(usual(layers), family, name, seed)
+        files.save(folder / f"{name}.safetensors", lora.layers, files.lora_metadata(family, lora.layers, [], [], {}))
+
+
+def usual(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a model's layers that most LoRAs change."""
+    parts = ("attn1", "attn2", "_ff_", "proj_in", "proj_out", "self_attn", "mlp")
+    return {name: module for name, module in layers.items() if any(part in name for part in parts)}
