@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -428,6 +429,23 @@ class _Run:
         return layers
 
 
+_OPEN_CLIP_ATTENTION: dict[Family, str] = {
+    "sd2": r"(lora_te_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+    "sdxl": r"(lora_te2_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+}
+
+
+def with_whole_attention(layers: Mapping[str, Layer], family: Family) -> dict[str, Layer]:
+    """The layers, and zeros for what an attention of OpenCLIP lacks: the webui takes q, k, v and out together only."""
+    whole = dict(layers)
+    for name, layer in layers.items():
+        match = re.fullmatch(_OPEN_CLIP_ATTENTION.get(family, "(?!)"), name)
+        for side in ("q", "k", "v", "out") if match else ():
+            width = layer.up.shape[0]
+            whole.setdefault(f"{match[1]}_{side}_proj", Layer(torch.zeros(width, 1), torch.zeros(1, width), 1.0))
+    return whole
+
+
 def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
     """Write the merged LoRA with metadata and sidecar.
 
@@ -437,8 +455,9 @@ def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, ov
     path = Path(path)
     sources = [concept.lora.name for concept in merge.concepts]
     triggers = [concept.trigger for concept in merge.concepts]
-    metadata = files.lora_metadata(merge.family, merge.layers, sources, triggers, merge.recipe())
-    files.save(path, merge.layers, metadata, dtype, overwrite)
+    layers = with_whole_attention(merge.layers, merge.family)
+    metadata = files.lora_metadata(merge.family, layers, sources, triggers, merge.recipe())
+    files.save(path, layers, metadata, dtype, overwrite)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
     files.write_sidecar(path, merge.triggers, merge.family, notes)
