@@ -33,13 +33,8 @@ def seen(host: A1111) -> list[torch.Tensor]:
 
 
 def load(names: list[str]) -> None:
-    """LoRAs of the webui's own, at full strength, merged into its weights."""
+    """LoRAs of the webui's own, at full strength; each layer takes them in when it is next called."""
     networks.load_networks(names, [1.0] * len(names), [1.0] * len(names), [None] * len(names))
-    for module in shared.sd_model.modules():
-        if hasattr(module, "network_layer_name") and isinstance(
-            module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.MultiheadAttention)
-        ):
-            networks.network_apply_weights(module)
 
 
 class Unmatched(logging.Handler):
