@@ -12,7 +12,7 @@ from modules import devices, script_callbacks, shared
 from modules.call_queue import queue_lock
 
 from loraclr import files, merging
-from loraclr.capture import applied, changes_of
+from loraclr.capture import Changes, applied, changes_of
 from loraclr.hosts.a1111 import A1111
 
 PROMPT = "a sks beside a zyk"
@@ -37,6 +37,17 @@ def load(names: list[str]) -> None:
     networks.load_networks(names, [1.0] * len(names), [1.0] * len(names), [None] * len(names))
 
 
+@torch.enable_grad()
+def without_gradient(host: A1111, changes: Changes) -> list[str]:
+    """Layers whose factors get no gradient from the UNet's output."""
+    live = {name: tuple(factor.clone().requires_grad_() for factor in pair) for name, pair in changes.items()}
+    with host.session(), applied(host.layers(), live):
+        output = seen(host)[1]
+        downs = [down for _, down in live.values()]
+        found = torch.autograd.grad(output.square().sum(), downs, allow_unused=True)
+    return sorted(name for name, value in zip(live, found, strict=True) if value is None or not value.abs().max() > 0)
+
+
 class Unmatched(logging.Handler):
     """Keeps what the webui says of keys that it does not know and of layers that it fails at."""
 
@@ -49,7 +60,7 @@ class Unmatched(logging.Handler):
             self.said.append(text)
 
 
-def probe(names: list[str] = Body(), triggers: list[str] = Body(), speed: str = Body(), name: str = Body()) -> Any:  # noqa: B008
+def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = Body()) -> Any:  # noqa: B008
     """Merge these LoRAs, and compare our hooks with the webui's own loading of the result.
 
     Returns how far the two are apart relative to what the LoRA does, for each output, and what the webui complained of.
@@ -69,14 +80,16 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), speed: str = 
             ours = host.encode([PROMPT, ""])
             tokens = (context.tokens - ours.tokens).norm() / ours.tokens.norm()
             repeated = (host.predict(x, t, ours) - prediction).norm() / prediction.norm()
-        settings = merging.Settings(speed=speed, scenes=1, **QUICK)
+        settings = merging.Settings(speed="closed", **QUICK)
         merged = merging.merge(host, concepts, settings)
         path = merging.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
         untouched = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         host.publish(path)
         lora = files.load(path)
+        changes = changes_of(lora, host.layers())
+        dead = without_gradient(host, changes)
         plain = seen(host)
-        with host.session(), applied(host.layers(), changes_of(lora, host.layers())):
+        with host.session(), applied(host.layers(), changes):
             wanted = seen(host)
         listener, root = Unmatched(), logging.getLogger()
         level = root.level
@@ -99,6 +112,7 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), speed: str = 
         "layers": sorted(merged.layers),
         "missing": sorted(set(concepts[0].lora.layers) - set(merged.layers)),
         "missed": merged.missed,
+        "without_gradient": dead,
         "untouched": untouched,
         "apart": [float((a - b).norm() / (b - c).norm()) for a, b, c in zip(theirs, wanted, plain, strict=True)],
         "effect": [float((b - c).norm() / c.norm()) for b, c in zip(wanted, plain, strict=True)],
