@@ -27,7 +27,7 @@ def weights() -> list[torch.Tensor]:
 def seen(host: A1111) -> list[torch.Tensor]:
     """What the text encoders and the UNet put out now."""
     context = host.encode([PROMPT])
-    x = torch.ones(1, 4, 8, 8, device=devices.device)
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(devices.device)
     outputs = [context.tokens, host.predict(x, torch.tensor([500.0]), context)]
     return outputs if context.pooled is None else [*outputs, context.pooled]
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 from webui_driver import Webui
 
+REPOSITORY = Path(__file__).parents[2]
 NAMES, TRIGGERS = ["first", "second"], ["sks", "zyk"]
 
 
