@@ -10,11 +10,12 @@ import tiny
 import torch
 from peft.tuners.lora import LoraLayer
 
-from loraclr import files, merging
-from loraclr.capture import applied, changes_of
+from loraclr import files, merging, scenes
+from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
 from loraclr.keys import Family, kohya_name
 from loraclr.merging import Concept, Settings
+from loraclr.polish import missed, polish
 from miniature import checkpoint
 
 QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
@@ -114,7 +115,19 @@ def test_a_merge_is_a_file_that_diffusers_loads(host, tmp_path: Path) -> None:
     assert torch.equal(before, host.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), host.encode(["a sks"])))
 
 
-def test_polish_and_scenes_learn(host, monkeypatch) -> None:
-    monkeypatch.setitem(merging.POLISH_STEPS, "fast", 10)
-    merged = merging.merge(host, concepts(host), Settings(speed="fast", scenes=1, **QUICK))
-    assert all(after < before for before, after in merged.missed.values())
+def test_polish_learns_and_scenes_are_drawn(host) -> None:
+    layers, lora = host.layers(), concepts(host)[0].lora
+    whole, half = (changes_of(lora, layers, weight) for weight in (1.0, 0.5))
+    banks = []
+    for changes in (whole, {}):
+        banks.append(Bank(["a sks", ""]))
+        with applied(layers, changes), torch.no_grad():
+            with host.watch(filing(banks[-1], host.encode(["a sks", ""]))):
+                host.sample(["a sks"], 0, 2, 2.0, 64, 64)
+    after = polish(host, layers, half, banks, [1.0, 0.0], 8, 2, 0, lambda *_: None)
+    assert missed(host, layers, after, banks, 4)[0] < 0.9 * missed(host, layers, half, banks, 4)[0]
+
+    bank, latents = scenes.draw(
+        host, layers, [whole, half], scenes.plan(["sks", "zyk"], 1), 0, 2, 2.0, 64, lambda _: None
+    )
+    assert len(bank) == 4 and latents.isfinite().all()
