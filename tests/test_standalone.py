@@ -122,7 +122,8 @@ def test_polish_learns_and_scenes_are_drawn(host) -> None:
     for changes in (whole, {}):
         banks.append(Bank(["a sks", ""]))
         with applied(layers, changes), torch.no_grad():
-            with host.watch(filing(banks[-1], host.encode(["a sks", ""]))):
+            record = filing(banks[-1], host.encode(["a sks", ""]))
+            with host.watch(record):
                 host.sample(["a sks"], 0, 2, 2.0, 64, 64)
     after = polish(host, layers, half, banks, [1.0, 0.0], 8, 2, 0, lambda *_: None)
     assert missed(host, layers, after, banks, 4)[0] < 0.9 * missed(host, layers, half, banks, 4)[0]
