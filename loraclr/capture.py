@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr.hosts import Record
+from loraclr.hosts import Context, Record
 from loraclr.lora import LoRA
 
 #: Layer name → (up (o, r), down (r, d)), scale and strength folded in.
@@ -25,6 +26,18 @@ def is_text(name: str) -> bool:
 def is_cross_kv(name: str) -> bool:
     """Whether a layer is a cross-attention key or value projection: its input is the text, not the picture."""
     return name.endswith(("attn2_to_k", "attn2_to_v"))
+
+
+_FUSABLE = re.compile(r"(.+_(?:attn1_to|self_attn))_[qkv](_proj)?")
+
+
+def same_inputs(names: Iterable[str]) -> list[list[str]]:
+    """Layer names in groups that read the very same rows: q, k and v of a self-attention."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = _FUSABLE.fullmatch(name)
+        groups.setdefault(match[1] if match else name, []).append(name)
+    return list(groups.values())
 
 
 def changes_of(
@@ -133,20 +146,21 @@ class Bank:
         self.prompt.append(prompt)
 
 
-def filing(bank: Bank, contexts: Tensor) -> Record:
+def filing(bank: Bank, contexts: Context) -> Record:
     """A `Record` that files UNet calls in `bank`.
 
     Hosts batch conditional and unconditional rows as they like, so a row's prompt is found by its context.
 
     Args:
-        contexts: (P, T, C), what the host's text encoder gives for `bank.prompts`.
+        contexts: what the host's text encoders give for `bank.prompts`.
     """
-    known = contexts.float().flatten(1)
+    known = contexts.tokens.float().flatten(1)
 
-    def record(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
-        if context.shape[1:] != contexts.shape[1:]:
+    def record(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
+        tokens = context.tokens.detach()
+        if tokens.shape[1:] != contexts.tokens.shape[1:]:
             return
-        near = torch.cdist(context.detach().float().flatten(1), known.to(context.device))
+        near = torch.cdist(tokens.float().flatten(1), known.to(tokens.device))
         times = t.reshape(-1).expand(x.shape[0])
         for row, place in enumerate(near.argmin(1).tolist()):
             bank.add(x[row], times[row], place, prediction[row])

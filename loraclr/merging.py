@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from loraclr import capture, files, prompts, scenes
 from loraclr.capture import Bank, Changes
 from loraclr.factor import Rank, truncate
 from loraclr.formats import Norm
-from loraclr.hosts import Host
+from loraclr.hosts import Context, Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
 from loraclr.polish import missed, polish
@@ -29,6 +30,12 @@ Fit = Callable[[str, nn.Module, Sequence[Change | None], torch.device], Statisti
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
+
+LARGE = 512  # pictures of more pixels on a side go through the polish one by one
+
+#: Bytes of Gram matrices held at a time. SDXL's attention and feed-forward layers need 8.7 GB, its 72 other layers,
+#: which only few LoRAs change, 15.7 GB more.
+HELD = 10e9
 
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 50, "balanced": 200, "best": 800}
 
@@ -199,18 +206,26 @@ def merge(
         run.fit_text()
         run.fit_cross_attention()
         result.seconds["text"] = run.lap()
-        for place in range(len(run.texts)):
-            run.look(place)
+        for layers in run.passes:
+            for place in range(len(run.texts)):
+                run.look(place, layers)
+            result.seconds["capture"] = result.seconds.get("capture", 0.0) + run.lap()
+            run.solve("Fitting the picture layers")
+            result.seconds["solve"] = result.seconds.get("solve", 0.0) + run.lap()
         run.compose()
-        result.seconds["capture"] = run.lap()
-        run.solve("Fitting the picture layers")
-        result.seconds["solve"] = run.lap()
+        result.seconds["capture"] += run.lap()
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
         result.layers = run.layers()
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
+
+
+def scarce(device: torch.device) -> bool:
+    """Whether a CUDA device has less than a quarter of its memory free, which drawing and polishing need."""
+    free, whole = torch.cuda.mem_get_info(device)
+    return free < whole / 4
 
 
 class _Run:
@@ -245,9 +260,12 @@ class _Run:
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
+        self.passes = self.in_passes()
         # Work is counted in rows through the UNet; a step of polish also goes backwards, which counts twice.
         self.plan = scenes.plan(self.triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
-        drawn = 2 * (sum(len(texts) + 1 for texts in self.texts) + 2 * len(self.plan)) * settings.steps
+        again = (len(self.passes) - 1) * sum(map(len, self.texts))
+        pictures = sum(len(texts) + 1 for texts in self.texts) + again + 2 * len(self.plan)
+        drawn = 2 * pictures * settings.steps
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
@@ -278,21 +296,34 @@ class _Run:
             self.tick("Fitting words to pictures", self.small)
             with capture.applied(self.modules, self.merged), torch.no_grad():
                 context = self.host.encode([*texts, ""])
-            for name in filter(capture.is_cross_kv, self.modules):
-                self.add(place, name, context)
+            readers = list(filter(capture.is_cross_kv, self.modules))
+            if readers:
+                self.add(place, readers, context.tokens)
         self.solve("Fitting words to pictures")
 
-    def look(self, place: int) -> None:
-        """Stage 3: draw with one concept's own LoRA, count what the picture layers see, keep what the UNet predicts."""
+    def look(self, place: int, layers: Collection[str]) -> None:
+        """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
         texts = self.texts[place]
-
-        def picture_layer(name: str) -> bool:
-            return not (capture.is_text(name) or capture.is_cross_kv(name))
-
         with capture.applied(self.modules, self.asked[place]), torch.no_grad():
-            with self.watching(place, picture_layer):
-                self.banks.append(self.draw(place, texts, 0))
-            self.held.append(self.draw(place, texts[:1], len(texts)))
+            with self.watching(place, layers.__contains__):
+                bank = self.draw(place, texts, 0)
+            if len(self.banks) == place:  # else this is a further pass, which draws the same
+                self.banks.append(bank)
+                self.held.append(self.draw(place, texts[:1], len(texts)))
+
+    def in_passes(self) -> list[list[str]]:
+        """The layers that read the picture, in parts whose Gram matrices fit into memory; each part is drawn for."""
+        names = [name for name in self.modules if not (capture.is_text(name) or capture.is_cross_kv(name))]
+        passes: list[list[str]] = [[]]
+        room = HELD
+        for group in capture.same_inputs(names):
+            size = 4 * self.modules[group[0]].weight[0].numel() ** 2
+            if passes[-1] and size > room:
+                passes.append([])
+                room = HELD
+            passes[-1] += group
+            room -= size
+        return passes
 
     def compose(self) -> None:
         """Draw several concepts in one picture, each region by its own LoRA."""
@@ -312,7 +343,7 @@ class _Run:
         bank = Bank([*texts, ""])
         record = capture.filing(bank, self.host.encode(bank.prompts))
 
-        def tell(x: Tensor, t: Tensor, context: Tensor, prediction: Tensor) -> None:
+        def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
             record(x, t, context, prediction)
             self.tick(stage, x.shape[0])
 
@@ -325,22 +356,38 @@ class _Run:
 
     def watching(self, place: int, wanted: Callable[[str], bool]):
         """A context in which the wanted layers' inputs are counted for concept `place`."""
-        layers = {name: module for name, module in self.modules.items() if wanted(name)}
-        return capture.observed(layers, lambda name, rows: self.add(place, name, rows))
+        groups = {group[0]: group for group in capture.same_inputs(filter(wanted, self.modules))}
+        first = {name: self.modules[name] for name in groups}
+        return capture.observed(first, lambda name, rows: self.add(place, groups[name], rows))
 
     @torch.no_grad()
-    def add(self, place: int, name: str, rows: Tensor) -> None:
-        """Count a layer's inputs (B, tokens, d) for concept `place`, `tokens` of each picture at most."""
+    def add(self, place: int, names: list[str], rows: Tensor) -> None:
+        """Count what these layers all read (B, tokens, d) for concept `place`, `tokens` of each picture at most."""
         if rows.shape[1] > self.settings.tokens:
             chosen = torch.randperm(rows.shape[1], generator=self.generator)[: self.settings.tokens]
             rows = rows[:, chosen.to(rows.device)]
-        if name not in self.statistics:
-            changes = [asked.get(name) for asked in self.asked]
-            self.statistics[name] = self.fit(name, self.modules[name], changes, self.host.device)
+        if names[0] not in self.statistics:
+            self.statistics |= self.begun(names)
         concepts = len(self.asked) - 1
         weight = 1.0 if place < concepts else self.settings.anchor * concepts
         if weight:
-            self.statistics[name].add(place, rows.float(), weight)
+            for name in names:
+                self.statistics[name].add(place, rows.float(), weight)
+
+    def begun(self, names: list[str]) -> dict[str, Statistics]:
+        """Empty statistics of layers that read the same rows: they share one Gram matrix."""
+        device = self.host.device
+        fits = {
+            name: self.fit(name, self.modules[name], [asked.get(name) for asked in self.asked], device)
+            for name in names
+        }
+        first, *others = fits.values()
+        if isinstance(first, Statistics):
+            if device.type == "cuda" and scarce(device):
+                first.rest("cpu")
+            for other in others:
+                other.share(first)
+        return fits
 
     def solve(self, stage: str) -> None:
         """The closed form of every layer watched since the last time, at the rank that was asked for."""
@@ -366,6 +413,7 @@ class _Run:
         self.merged = polish(
             self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
             lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+            1 if self.size > LARGE else None,
         )  # fmt: skip
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
 
@@ -381,6 +429,23 @@ class _Run:
         return layers
 
 
+_OPEN_CLIP_ATTENTION: dict[Family, str] = {
+    "sd2": r"(lora_te_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+    "sdxl": r"(lora_te2_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+}
+
+
+def with_whole_attention(layers: Mapping[str, Layer], family: Family) -> dict[str, Layer]:
+    """The layers, and zeros for what an attention of OpenCLIP lacks: the webui takes q, k, v and out together only."""
+    whole = dict(layers)
+    for name, layer in layers.items():
+        match = re.fullmatch(_OPEN_CLIP_ATTENTION.get(family, "(?!)"), name)
+        for side in ("q", "k", "v", "out") if match else ():
+            width = layer.up.shape[0]
+            whole.setdefault(f"{match[1]}_{side}_proj", Layer(torch.zeros(width, 1), torch.zeros(1, width), 1.0))
+    return whole
+
+
 def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
     """Write the merged LoRA with metadata and sidecar.
 
@@ -390,8 +455,9 @@ def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, ov
     path = Path(path)
     sources = [concept.lora.name for concept in merge.concepts]
     triggers = [concept.trigger for concept in merge.concepts]
-    metadata = files.lora_metadata(merge.family, merge.layers, sources, triggers, merge.recipe())
-    files.save(path, merge.layers, metadata, dtype, overwrite)
+    layers = with_whole_attention(merge.layers, merge.family)
+    metadata = files.lora_metadata(merge.family, layers, sources, triggers, merge.recipe())
+    files.save(path, layers, metadata, dtype, overwrite)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
     files.write_sidecar(path, merge.triggers, merge.family, notes)

@@ -4,7 +4,8 @@ The layerwise optimum treats layers one by one; errors add up on the way to the 
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again.
+teacher is run again. A model that predicts v instead of ε is compared in v, as it was trained: at one z_t the two
+differences are the same up to a factor, Δε = √ᾱ_t Δv.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def polish(
     batch: int,
     seed: int,
     tick: Callable[[int, float], None],
+    at_once: int | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train the factors for `steps` steps and return them.
 
@@ -62,6 +64,7 @@ def polish(
         banks: what to learn from, one for each concept and last the neutral one.
         shares: how much of a batch comes from each bank, relative.
         batch: rows in a step.
+        at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients.
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
@@ -87,19 +90,33 @@ def polish(
         rows = [Row(b, int(torch.randint(len(banks[b]), (1,), generator=generator))) for b in chosen]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        # The hooks stay for the way back, on which a host may compute parts again.
         with torch.enable_grad(), applied(modules, live):
-            loss = error(host, banks, rows).mean()
-        gradients = torch.autograd.grad(loss * scale, factors, allow_unused=True)
-        for value, gradient in zip(factors, gradients, strict=True):
-            value.grad = torch.zeros_like(value) if gradient is None else gradient / scale
+            loss = _descend(host, banks, rows, at_once or batch, factors, scale)
         norm = nn.utils.clip_grad_norm_(factors, 1.0)
         if norm.isfinite():
             optimizer.step()
         else:  # half precision overflowed on the way back: skip the step, and ask for less from the next
             scale = max(1.0, scale / 8)
-        first = first or loss.item()
-        tick(step + 1, loss.item() / max(first, 1e-20))
+        first = first or loss
+        tick(step + 1, loss / max(first, 1e-20))
     return {name: (up.detach(), down.detach()) for name, (up, down) in live.items()}
+
+
+def _descend(
+    host: Host, banks: list[Bank], rows: list[Row], at_once: int, factors: list[Tensor], scale: float
+) -> float:
+    """Set the factors' gradients of the mean error over the rows, which is returned; `scale` is out of them again."""
+    for value in factors:
+        value.grad = torch.zeros_like(value)
+    whole = 0.0
+    for begin in range(0, len(rows), at_once):
+        loss = error(host, banks, rows[begin : begin + at_once]).sum() / len(rows)
+        for value, gradient in zip(factors, torch.autograd.grad(loss * scale, factors, allow_unused=True), strict=True):
+            if gradient is not None:
+                value.grad += gradient / scale
+        whole += loss.item()
+    return whole
 
 
 def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
@@ -107,9 +124,9 @@ def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))
     context = host.encode(unique)[[unique.index(text) for text in texts]]
-    x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context)
-    t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(context.device)
-    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(context.device)
+    x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context.tokens)
+    t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(x.device)
+    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device)
     return (host.predict(x, t, context).float() - teacher).square().flatten(1).mean(1)
 
 

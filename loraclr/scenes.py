@@ -89,8 +89,7 @@ def draw(
         told, untold = torch.zeros_like(x), torch.zeros_like(x)
         for concept, jobs in mine.items():
             rows = x[[number for number, _ in jobs]]
-            context = contexts[concept]
-            both = torch.cat([context[:-1], context[-1:].expand(len(jobs), -1, -1)])
+            both = contexts[concept][[*range(len(jobs)), *[len(jobs)] * len(jobs)]]
             with applied(modules, asked[concept]):
                 predicted = host.predict(torch.cat([rows, rows]), torch.full((2 * len(jobs),), t).to(x), both).to(x)
             for row, (number, half) in enumerate(jobs):
@@ -101,9 +100,14 @@ def draw(
         for number in range(len(scenes)):
             for prompt, prediction in ((number, told[number]), (len(scenes), untold[number])):
                 bank.add(x[number], torch.tensor(float(t)), prompt, prediction)
-        noise_part = untold + guidance * (told - untold)
-        alpha = alphas[t]
-        after = alphas[times[place + 1]] if place + 1 < steps else torch.ones_like(alpha)
-        clean = (x - (1 - alpha).sqrt() * noise_part) / alpha.sqrt()
-        x = after.sqrt() * clean + (1 - after).sqrt() * noise_part
+        clean, noise = _parts(x, untold + guidance * (told - untold), alphas[t], host.target)
+        after = alphas[times[place + 1]] if place + 1 < steps else torch.ones_like(alphas[t])
+        x = after.sqrt() * clean + (1 - after).sqrt() * noise
     return bank, x
+
+
+def _parts(x: Tensor, prediction: Tensor, alpha: Tensor, target: str) -> tuple[Tensor, Tensor]:
+    """The clean latent and the noise that x consists of, by what the UNet predicts."""
+    if target == "v":
+        return alpha.sqrt() * x - (1 - alpha).sqrt() * prediction, alpha.sqrt() * prediction + (1 - alpha).sqrt() * x
+    return (x - (1 - alpha).sqrt() * prediction) / alpha.sqrt(), prediction

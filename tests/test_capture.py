@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from loraclr.capture import Bank, applied, changes_of, filing, observed
+from loraclr.capture import Bank, applied, changes_of, filing, observed, same_inputs
 from loraclr.formats import IA3
+from loraclr.hosts import Context
 from loraclr.lora import Layer, LoRA
 
 
@@ -113,13 +114,27 @@ def test_changes_come_from_the_live_weights_and_must_fit_them(net: Net) -> None:
 
 
 def test_bank_finds_each_rows_prompt_by_its_context() -> None:
-    contexts = torch.randn(3, 7, 4)
+    contexts = Context(torch.randn(3, 7, 4))
     bank = Bank(["a", "b", ""])
     record = filing(bank, contexts)
     x, prediction = torch.randn(4, 4, 2, 2), torch.randn(4, 4, 2, 2)
-    record(x, torch.tensor([7.0]), contexts[[1, 0, 2, 2]] + 1e-4, prediction)
-    record(x, torch.tensor([7.0]), torch.randn(4, 9, 4), prediction)  # another length: somebody else's call
+    record(x, torch.tensor([7.0]), Context(contexts.tokens[[1, 0, 2, 2]] + 1e-4), prediction)
+    record(x, torch.tensor([7.0]), Context(torch.randn(4, 9, 4)), prediction)  # another length: somebody else's call
     assert [bank.prompts[place] for place in bank.prompt] == ["b", "a", "", ""]
     assert torch.equal(torch.stack(bank.x), x)
     assert torch.equal(torch.stack(bank.prediction), prediction)
     assert all(t.item() == 7.0 for t in bank.t)
+
+
+def test_only_q_k_v_of_a_self_attention_read_the_same() -> None:
+    block = "lora_unet_input_blocks_4_1_transformer_blocks_{}_attn{}_to_{}"
+    text = "lora_te{}_text_model_encoder_layers_0_self_attn_{}_proj"
+    together = [
+        [block.format(0, 1, side) for side in "qkv"],
+        [block.format(1, 1, side) for side in "kv"],
+        [text.format(1, side) for side in "qkv"],
+        [text.format(2, side) for side in "qkv"],
+    ]
+    alone = [block.format(0, 2, "q"), block.format(0, 2, "k"), block.format(0, 1, "out_0"), text.format(1, "out")]
+    groups = same_inputs([name for group in together for name in group] + alone)
+    assert groups == together + [[name] for name in alone]

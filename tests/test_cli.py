@@ -163,13 +163,14 @@ class TestRefusedBeforeAnythingIsLoaded:
             [*A, *OUT[2:], "--checkpoint", "cut.safetensors"], here, capsys
         )
 
-    @pytest.mark.parametrize(("prefix", "family"), [("conditioner.", "SDXL"), ("cond_stage_model.model.", "SD 2.x")])
-    def test_checkpoint_of_another_family(self, here, capsys, prefix: str, family: str) -> None:
-        names = ("model.diffusion_model.out.2.weight", f"{prefix}x")
+    def test_refiner(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        names = ("model.diffusion_model.out.2.weight", "conditioner.embedders.0.model.ln_final.weight")
         save_file({name: torch.zeros(1) for name in names}, here / "other.safetensors")
-        assert f"is an {family} checkpoint" in refused(
-            [*A, *OUT[2:], "--checkpoint", "other.safetensors"], here, capsys
-        )
+        assert "is SDXL's refiner" in refused([*A, *OUT[2:], "--checkpoint", "other.safetensors"], here, capsys)
+
+    def test_folder_without_a_model(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (here / "folder").mkdir()
+        assert "holds no model" in refused([*A, *OUT[2:], "--checkpoint", "folder"], here, capsys)
 
     def test_loras_of_two_families(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         lora(here / "xl.safetensors", names=("lora_te2_text_model_encoder_layers_0_self_attn_q_proj",))

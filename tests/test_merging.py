@@ -13,7 +13,7 @@ from loraclr import files
 from loraclr.capture import applied, changes_of
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, Concept, Settings, merge, write
+from loraclr.merging import Cancelled, Concept, Settings, merge, with_whole_attention, write
 
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
 
@@ -25,7 +25,7 @@ def weights(host: ToyHost) -> list[torch.Tensor]:
 def predictions(host: ToyHost, changes, prompt: str) -> torch.Tensor:
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     with torch.no_grad(), applied(host.layers(), changes):
-        return host.predict(x, torch.full((3,), 500.0), host.encode([prompt]).expand(3, -1, -1))
+        return host.predict(x, torch.full((3,), 500.0), host.encode([prompt])[[0, 0, 0]])
 
 
 def test_one_lora_merges_to_itself() -> None:
@@ -233,3 +233,29 @@ def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
     assert result.prompt("both") == "<lora:both:1> sks, zyk"
     with pytest.raises(FileExistsError):
         write(result, path)
+
+
+def test_layers_looked_at_in_passes_merge_to_the_same(monkeypatch) -> None:
+    results, drawn = [], []
+    for held in (10e9, 300.0):
+        monkeypatch.setattr("loraclr.merging.HELD", held)
+        host = ToyHost()
+        concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("a", "b"))]
+        told = []
+        results.append(merge(host, concepts, CLOSED, lambda *tick, told=told: told.append(tick[1])))
+        drawn.append(host.drawn)
+        assert told == sorted(told) and told[-1] == 1.0
+    assert drawn[1] > drawn[0]
+    for name, layer in results[0].layers.items():
+        torch.testing.assert_close(results[1].layers[name].delta(), layer.delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_attention_of_open_clip_is_written_whole() -> None:
+    """The webui loads nothing of one that lacks q, k, v or out."""
+    stem = "_text_model_encoder_layers_3_self_attn_"
+    layers = {f"lora_te{n}{stem}v_proj": Layer(torch.ones(4, 2), torch.ones(2, 4), 1.0) for n in (1, 2)}
+    whole = with_whole_attention(layers, "sdxl")
+    assert set(whole) == {f"lora_te1{stem}v_proj"} | {f"lora_te2{stem}{side}_proj" for side in ("q", "k", "v", "out")}
+    assert whole[f"lora_te2{stem}v_proj"] is layers[f"lora_te2{stem}v_proj"]
+    assert torch.equal(whole[f"lora_te2{stem}out_proj"].delta(), torch.zeros(4, 4))
+    assert with_whole_attention(layers, "sd1") == layers

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.hosts import Context
 from loraclr.polish import balanced, missed, polish
 
 
@@ -31,8 +32,8 @@ class HalfHost(ToyHost):
     def layers(self) -> dict[str, nn.Module]:
         return {"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": self.unet.ff}
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x.half(), t.half(), context.half()).float()
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        return self.unet(x.half(), t.half(), context.tokens.half()).float()
 
 
 def test_balanced_factors_have_the_same_product_and_one_size() -> None:
@@ -81,10 +82,24 @@ def test_half_precision_learns_too() -> None:
 
 def test_steps_that_overflow_change_nothing() -> None:
     class Broken(ToyHost):
-        def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
             return super().predict(x, t, context) * (torch.inf if torch.is_grad_enabled() else 1.0)
 
     start, result, _, _ = run(Broken(), 3)
     for name, pair in balanced(start).items():
         for before, after in zip(pair, result[name], strict=True):
             torch.testing.assert_close(after, before)
+
+
+def test_rows_one_by_one_teach_the_same() -> None:
+    host = ToyHost()
+    layers = host.layers()
+    teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
+    banks = [bank_of(host, teacher, ["a sks", "a photo of a sks"]), bank_of(host, {}, ["a dog", "a cat"])]
+    whole, single = (
+        polish(host, layers, start, banks, [1.0, 0.3], 5, 8, 0, lambda *_: None, at_once=at_once)
+        for at_once in (None, 1)
+    )
+    for name, pair in whole.items():
+        for a, b in zip(pair, single[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

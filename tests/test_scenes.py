@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from toy import ToyHost, toy_lora
 
 from loraclr import scenes
 from loraclr.capture import applied, changes_of
+from loraclr.hosts import Context
 
 
 def test_all_ordered_pairs_come_up_and_styles_do_not() -> None:
@@ -64,3 +66,25 @@ def test_one_lora_on_both_halves_samples_as_ddim_does() -> None:
             clean = (x - (1 - alphas[k]) ** 0.5 * noise) / alphas[k] ** 0.5
             x = alphas[k + 1] ** 0.5 * clean + (1 - alphas[k + 1]) ** 0.5 * noise
     torch.testing.assert_close(latents.double(), x, rtol=1e-4, atol=1e-4)
+
+
+class Velocity(ToyHost):
+    """The toy predicting v = √ᾱ ε − √(1 − ᾱ) z_0 instead of ε."""
+
+    target = "v"
+
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        noise, alpha = super().predict(x, t, context), self.alphas[t.long()].view(-1, 1, 1, 1)
+        clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+
+def test_a_model_that_predicts_v_draws_the_same_scene() -> None:
+    drawn = []
+    for host in (ToyHost(), Velocity()):
+        asked = [changes_of(toy_lora(host, name, seed), host.layers()) for seed, name in enumerate(("a", "b"), start=1)]
+        plan = scenes.plan(["sks", "zyk"], 2)
+        bank, latents = scenes.draw(host, host.layers(), asked, plan, 5, 4, 3.0, 64, lambda _: None)
+        drawn.append((latents, bank.prediction))
+    torch.testing.assert_close(drawn[0][0], drawn[1][0], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(drawn[0][1][0], drawn[1][1][0], atol=0.1)

@@ -183,3 +183,23 @@ def test_sums_stay_in_full_precision_inside_the_hosts_autocast() -> None:
         inside.add(0, rows)
     assert torch.equal(inside.gram, plain.gram)
     assert torch.equal(inside.crosses[0], plain.crosses[0])
+
+
+def test_layers_that_read_the_same_share_one_gram() -> None:
+    generator = torch.Generator().manual_seed(0)
+    changes = [
+        [(torch.randn(o, 2, generator=generator), torch.randn(2, 6, generator=generator)) for _ in range(2)]
+        for o in (4, 3)
+    ]
+    alone = [Statistics(6, pair) for pair in changes]
+    first, second = (Statistics(6, pair) for pair in changes)
+    second.share(first)
+    for concept in (0, 1, 0):
+        rows = torch.randn(5, 6, generator=generator)
+        for statistics in (*alone, first, second):
+            statistics.add(concept, rows, 2.0)
+    assert second.gram is first.gram
+    for apart, together in zip(alone, (first, second), strict=True):
+        torch.testing.assert_close(together.gram, apart.gram)
+        for a, b in zip(apart.solve(), together.solve(), strict=True):
+            torch.testing.assert_close(a, b)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.hosts import Context
 from loraclr.lora import Layer, LoRA
 
 WIDTH, TOKENS = 8, 5
@@ -36,7 +37,7 @@ class ToyUNet(nn.Module):
 class ToyHost:
     """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings."""
 
-    family, size = "sd1", 64
+    family, size, target = "sd1", 64, "epsilon"
 
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
@@ -56,16 +57,16 @@ class ToyHost:
             "lora_unet_mid_block_attentions_0_proj_out": self.unet.outward,
         }
 
-    def encode(self, prompts: list[str]) -> Tensor:
+    def encode(self, prompts: list[str]) -> Context:
         tokens = []
         for prompt in prompts:
             words = [*prompt.split()[:TOKENS], *[""] * TOKENS][:TOKENS]
             seeds = [sum((place + 1) * ord(letter) for place, letter in enumerate(word)) for word in words]
             tokens.append(torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(s)) for s in seeds]))
-        return self.text(torch.stack(tokens))
+        return Context(self.text(torch.stack(tokens)))
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x, t, context)
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        return self.unet(x, t, context.tokens)
 
     @torch.no_grad()
     def sample(

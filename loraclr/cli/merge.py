@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `merge`; those of a LoRA follow its --lora."""
     parser.set_defaults(run=run, entries=None)
     parser.add_argument(
-        "--checkpoint", type=Path, help="Stable Diffusion 1.x model, .safetensors; for methods that look at the model"
+        "--checkpoint",
+        type=Path,
+        help="Stable Diffusion 1.x, 2.x or XL, .safetensors or diffusers' folder; for methods that look at the model",
     )
     parser.add_argument("--output", type=Path, required=True, help="the LoRA file to write, .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
@@ -259,9 +261,13 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Look at a checkpoint's names only, which takes no time, and refuse what is no Stable Diffusion 1.x model."""
+    """Look at a checkpoint's names only, which takes no time, and refuse what nothing can be merged for."""
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise Refused(f"The folder {path.name} holds no model of diffusers: give one that does, or a file.")
+        return
     if not path.is_file():
         raise Refused(f"The checkpoint {path} does not exist: give the path of a .safetensors file.")
     try:
@@ -271,9 +277,8 @@ def check_checkpoint(path: Path) -> None:
         raise Refused(f"The checkpoint {path.name} is cut off or is not a .safetensors file.") from error
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise Refused(f"{path.name} is not a Stable Diffusion checkpoint: it holds no UNet.")
-    for prefix, family in (("conditioner.", "SDXL"), ("cond_stage_model.model.", "SD 2.x")):
-        if any(name.startswith(prefix) for name in names):
-            raise Refused(f"{path.name} is an {family} checkpoint: the command line merges for SD 1.x only.")
+    if any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        raise Refused(f"{path.name} is SDXL's refiner or an SD 2.x Turbo: give a checkpoint of SD 1.x, 2.x or SDXL.")
 
 
 def check_device(name: str | None) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from PIL import Image
@@ -12,8 +13,26 @@ from torch import Tensor, nn
 
 from loraclr.keys import Family
 
-#: Told of every UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context (B, T, C), prediction (B, 4, h, w).
-Record = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+@dataclass(frozen=True)
+class Context:
+    """What the text encoders tell the UNet of B prompts.
+
+    Attributes:
+        tokens: (B, T, C), what cross-attention reads; for SDXL of both encoders side by side.
+        pooled: (B, P), what SDXL's second encoder says of the whole prompt; None for SD 1.x and SD 2.x.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+    def __getitem__(self, rows: list[int]) -> Context:
+        """These of the prompts, each as often as it is named."""
+        return Context(self.tokens[rows], None if self.pooled is None else self.pooled[rows])
+
+
+#: Told of every UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context of B prompts, prediction (B, 4, h, w).
+Record = Callable[[Tensor, Tensor, Context, Tensor], None]
 
 
 class Host(Protocol):
@@ -25,16 +44,22 @@ class Host(Protocol):
     """Side in pixels of the pictures that the model was made for."""
 
     alphas: Tensor
-    """ᾱ_t of every timestep (T,), float32: how much of the clean latent z_t holds."""
+    """ᾱ_t of every timestep (T,), float32: z_t = √ᾱ_t z_0 + √(1 − ᾱ_t) ε."""
+
+    target: Literal["epsilon", "v"]
+    """What the UNet predicts: the noise ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z_0 (Salimans and Ho 2022)."""
 
     def layers(self) -> dict[str, nn.Module]:
         """Canonical layer name → live module (Linear or Conv2d) of UNet and text encoders."""
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Prompts → context (B, T, C) through the text encoder as it is now, hooks included; differentiable."""
+    def encode(self, prompts: list[str]) -> Context:
+        """Prompts through the text encoders as they are now, hooks included; differentiable.
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One raw call of the UNet; differentiable."""
+        The empty prompt gives what the host guides away from when nothing is asked for.
+        """
+
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """One raw call of the UNet; differentiable. A UNet that is told the picture's size is told that of x."""
 
     def sample(
         self, prompts: list[str], seed: int, steps: int, guidance: float, width: int, height: int

@@ -7,7 +7,7 @@ takes itself: the lock is not reentrant.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import networks  # the webui's own LoRA extension
 import torch
 from modules import devices, lowvram, sd_unet, shared
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, process_images
+from modules.prompt_parser import SdConditioning
 from PIL import Image
 from torch import Tensor, nn
 
-from loraclr.hosts import Record
-from loraclr.keys import Family, kohya_name
+from loraclr.hosts import Context, Record
+from loraclr.hosts.attention import Split, opened
+from loraclr.hosts.recompute import LARGE, recomputed
+from loraclr.keys import Family, Part, kohya_name
 from loraclr.merging import Cancelled
 
 # The module types whose weights the webui's LoRA extension rewrites in place.
@@ -35,22 +38,35 @@ class A1111:
     Raises ValueError, one sentence for the user, if that checkpoint cannot be merged for.
     """
 
-    family: Family = "sd1"
-
     def __init__(self) -> None:
         model = shared.sd_model  # loads the chosen checkpoint if the webui has not done so yet
         if model is None:
             raise ValueError("No checkpoint is loaded; choose one at the top of the page.")
         name = model.sd_checkpoint_info.name_for_extra
-        if not model.is_sd1:
-            raise ValueError(f"{name} is not a Stable Diffusion 1.x checkpoint; only those can be merged for so far.")
-        if model.model.conditioning_key != "crossattn":
+        encoders = _text_encoders(model)
+        family = _family(model, len(encoders))
+        if family is None:
+            raise ValueError(
+                f"{name} is no checkpoint of Stable Diffusion 1.x, 2.x or XL (without its refiner); only those can be"
+                " merged for."
+            )
+        inputs = model.model.diffusion_model.input_blocks[0][0].in_channels
+        if model.model.conditioning_key != "crossattn" or inputs != 4:
             raise ValueError(f"{name} is an inpainting or editing checkpoint; choose an ordinary one for the merge.")
         if sd_unet.get_unet_option() is not None:
             raise ValueError("An optimised UNet is active, which hides the model; set SD Unet to None in the settings.")
         self._model = model
-        self.size = 8 * int(model.image_size)
+        self.family: Family = family
+        self.target = "v" if model.parameterization == "v" else "epsilon"
+        self.size = _size(model, family, self.target)
         self.alphas = model.alphas_cumprod.float()
+        self._encoders: dict[Part, nn.Module] = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
+        self._attentions = {
+            (part, path): Split(module)
+            for part, encoder in self._encoders.items()
+            for path, module in encoder.wrapped.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        }
 
     @property
     def device(self) -> torch.device:
@@ -58,31 +74,64 @@ class A1111:
         return devices.device
 
     def layers(self) -> dict[str, nn.Module]:
-        """Every Linear and Conv2d of UNet and text encoder by canonical name: the live modules."""
-        parts = (
-            ("unet", self._model.model.diffusion_model),
-            ("text_encoder", self._model.cond_stage_model.wrapped.transformer),
-        )
-        return {
-            kohya_name(part, path): module
-            for part, root in parts
+        """Every Linear and Conv2d of UNet and text encoders by canonical name: the live modules.
+
+        Of OpenCLIP's attention q, k, v and out are layers of their own, which are called inside a session only.
+        """
+        parts = {"unet": self._model.model.diffusion_model}
+        parts |= {part: encoder.wrapped for part, encoder in self._encoders.items()}
+        modules = {
+            (part, path): module
+            for part, root in parts.items()
             for path, module in root.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d))
         }
+        for (part, path), attention in self._attentions.items():
+            modules |= {(part, f"{path}.{side}"): module for side, module in attention.projections.items()}
+        return {kohya_name(part, path, self.family): module for (part, path), module in modules.items()}
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Contexts (B, T, C) through the webui's text encoder, with its emphasis, embeddings and clip skip."""
+    def encode(self, prompts: Sequence[str]) -> Context:
+        """The prompts through the webui's text encoders, with its emphasis, embeddings and clip skip."""
         with devices.autocast():
-            return self._model.get_learned_conditioning(list(prompts))
+            encoded = self._model.get_learned_conditioning(SdConditioning(list(prompts)))
+        if self.family != "sdxl":
+            return Context(encoded)
+        # The webui gives SDXL zeros for an empty negative prompt, which is what is guided away from.
+        asked = torch.tensor([prompt != "" for prompt in prompts], device=encoded["crossattn"].device)
+        pooled = encoded["vector"][:, : self._pooled_width]
+        return Context(encoded["crossattn"] * asked[:, None, None], pooled * asked[:, None])
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """One UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context (B, T, C) → prediction (B, 4, h, w).
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """One UNet call: x (B, 4, h, w) as the UNet sees it, t (B,) → prediction (B, 4, h, w).
 
         In the precision that the webui generates in, returned as float32.
         """
-        x, t, context = (tensor.to(devices.device, devices.dtype_unet) for tensor in (x, t, context))
+        x, t, tokens = (tensor.to(devices.device, devices.dtype_unet) for tensor in (x, t, context.tokens))
         with devices.autocast():
-            return self._model.model(x, t, c_crossattn=[context]).float()
+            if context.pooled is None:
+                return self._model.model(x, t, c_crossattn=[tokens]).float()
+            vector = torch.cat([context.pooled.to(x), self._sizes(x)], 1)
+            return self._model.model(x, t, {"crossattn": tokens, "vector": vector}).float()
+
+    @property
+    def _pooled_width(self) -> int:
+        """How much of SDXL's vector comes from the prompt; the rest are sizes."""
+        return self._encoders["text_encoder_2"].wrapped.model.text_projection.shape[1]
+
+    def _sizes(self, x: Tensor) -> Tensor:
+        """What SDXL is told of the size of pictures of these latents, (B, …), as the webui tells it."""
+        height, width = (8 * side for side in x.shape[-2:])
+        told = {
+            "original_size_as_tuple": (height, width),
+            "crop_coords_top_left": (shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left),
+            "target_size_as_tuple": (height, width),
+        }
+        embedded = [
+            embedder(torch.tensor([told[embedder.input_key]], device=x.device, dtype=devices.dtype))
+            for embedder in self._model.conditioner.embedders
+            if embedder.input_key in told
+        ]
+        return torch.cat(embedded, 1).to(x).expand(x.shape[0], -1)
 
     def sample(
         self, prompts: Sequence[str], seed: int, steps: int, guidance: float, width: int, height: int
@@ -124,8 +173,10 @@ class A1111:
         """Call `record` for every UNet call made inside; cond and uncond rows may share a call or not."""
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x, t = args[:2]
-            record(x, t, kwargs["context"] if "context" in kwargs else args[2], output)
+            call = dict(zip(("x", "timesteps", "context", "y"), args, strict=False)) | kwargs
+            vector = call.get("y")
+            pooled = None if vector is None else vector[:, : self._pooled_width]
+            record(call["x"], call["timesteps"], Context(call["context"], pooled), output)
 
         handle = self._model.model.diffusion_model.register_forward_hook(hook, with_kwargs=True)
         try:
@@ -155,6 +206,8 @@ class A1111:
             for name in ("checkpoint", "use_checkpoint")
             if getattr(module, name, None) is True
         ]
+        # sgm gives no gradients to text encoders that are not being trained.
+        frozen = [encoder for encoder in self._encoders.values() if not encoder.is_trainable]
         self._unload_networks()
         shared.loaded_hypernetworks.clear()
         shared.cmd_opts.no_prompt_history = True  # "read the last generation" is to find the user's own
@@ -163,9 +216,15 @@ class A1111:
                 parameter.requires_grad_(False)
             for module, name in checkpointed:
                 setattr(module, name, False)
-            with self._on_device():
+            for encoder in frozen:
+                encoder.is_trainable = True
+            unet = self._model.model.diffusion_model
+            again = recomputed(unet) if self.size >= LARGE else nullcontext()
+            with self._on_device(), opened(list(self._attentions.values())), again:
                 yield
         finally:
+            for encoder in frozen:
+                encoder.is_trainable = False
             for module, name in checkpointed:
                 setattr(module, name, True)
             for parameter in trained:
@@ -233,6 +292,28 @@ class A1111:
             for module in self._model.network_layer_mapping.values():
                 if isinstance(module, _REWRITTEN):
                     networks.network_apply_weights(module)
+
+
+def _text_encoders(model: Any) -> list[nn.Module]:
+    """The webui's wrappers around the text encoders, the first one first."""
+    conditioner = getattr(model, "conditioner", None)
+    candidates = [model.cond_stage_model] if conditioner is None else conditioner.embedders
+    return [encoder for encoder in candidates if hasattr(encoder, "wrapped")]
+
+
+def _family(model: Any, encoders: int) -> Family | None:
+    if model.is_sdxl:
+        return "sdxl" if encoders == 2 else None  # SDXL's refiner has only one, and so has SD 2.x Turbo
+    if encoders != 1:
+        return None
+    return "sd1" if model.is_sd1 else "sd2" if model.is_sd2 else None
+
+
+def _size(model: Any, family: Family, target: str) -> int:
+    if family == "sdxl":
+        return 1024
+    # The configuration of the 768 model names 64 too.
+    return 768 if family == "sd2" and target == "v" and model.image_size == 64 else 8 * int(model.image_size)
 
 
 def report(stage: str, fraction: float, seconds_left: float | None = None) -> None:

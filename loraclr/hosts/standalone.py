@@ -3,49 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from loraclr.hosts import Record
-from loraclr.keys import kohya_name
+from loraclr.hosts import Context, Record
+from loraclr.hosts.recompute import LARGE, recomputed
+from loraclr.keys import Family, kohya_name
 
 
 class Standalone:
-    """A Stable Diffusion 1.x pipeline of diffusers as a host (see `loraclr.hosts.Host`)."""
-
-    family = "sd1"
+    """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers as a host (see `loraclr.hosts.Host`)."""
 
     def __init__(self, pipeline) -> None:
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+        self.family = _family(pipeline)
         self.device = pipeline.device
         self.alphas = pipeline.scheduler.alphas_cumprod.float()
+        self.target = "v" if pipeline.scheduler.config.prediction_type == "v_prediction" else "epsilon"
         self.size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        parts = {name: getattr(pipeline, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        for module in (*self._parts.values(), pipeline.vae):
             module.requires_grad_(False).eval()
 
     def layers(self) -> dict[str, nn.Module]:
-        found = {}
-        for part, root in (("unet", self.pipeline.unet), ("text_encoder", self.pipeline.text_encoder)):
-            for path, module in root.named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    found[kohya_name(part, path, self.family)] = module
-        return found
+        return {
+            kohya_name(part, path, self.family): module
+            for part, root in self._parts.items()
+            for path, module in root.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
 
-    def encode(self, prompts: list[str]) -> Tensor:
-        tokenizer = self.pipeline.tokenizer
-        length = tokenizer.model_max_length
-        ids = tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.pipeline.text_encoder(ids.to(self.device))[0]
+    def encode(self, prompts: list[str]) -> Context:
+        encoded = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.family != "sdxl":
+            return Context(encoded[0])
+        tokens, _, pooled, _ = encoded
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            asked = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
+            tokens, pooled = tokens * asked[:, None, None], pooled * asked[:, None]
+        return Context(tokens, pooled)
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.pipeline.unet(x, t, encoder_hidden_states=context).sample
+    def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        added = None
+        if context.pooled is not None:
+            height, width = (self.pipeline.vae_scale_factor * side for side in x.shape[-2:])
+            sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(x).expand(x.shape[0], -1)
+            added = {"text_embeds": context.pooled, "time_ids": sizes}
+        return self.pipeline.unet(x, t, encoder_hidden_states=context.tokens, added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def sample(
@@ -69,7 +81,8 @@ class Standalone:
             t = args[1] if len(args) > 1 else kwargs["timestep"]
             prediction = output[0] if isinstance(output, tuple) else output.sample
             times = torch.as_tensor(t, device=x.device).reshape(-1).expand(x.shape[0])
-            record(x, times, kwargs["encoder_hidden_states"], prediction)
+            pooled = (kwargs.get("added_cond_kwargs") or {}).get("text_embeds")
+            record(x, times, Context(kwargs["encoder_hidden_states"], pooled), prediction)
 
         handle = self.pipeline.unet.register_forward_hook(after, with_kwargs=True)
         try:
@@ -79,39 +92,84 @@ class Standalone:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        yield
+        with recomputed(self.pipeline.unet) if self.size >= LARGE else nullcontext():
+            yield
+
+
+def _family(pipeline) -> Family:
+    """By its build alone, so that a model of another width is of the family that it is built as."""
+    if getattr(pipeline, "text_encoder_2", None) is not None:
+        return "sdxl"
+    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
 
 
 def open_checkpoint(path: str | Path, device: str | torch.device | None = None) -> Standalone:
-    """Load a Stable Diffusion 1.x checkpoint in the original layout.
+    """Load a Stable Diffusion 1.x, 2.x or XL model: a checkpoint in the original layout, or a folder of diffusers.
 
-    A yaml of the same name beside it, if there is one, describes the model (and names its tokenizer's folder), as the
-    webui reads it; without one it is taken for Stable Diffusion 1.5.
+    A yaml of the same name beside an SD 1.x checkpoint, if there is one, describes the model (and names its tokenizer's
+    folder), as the webui reads it. Without one diffusers tells the family from the file, and gets its configuration and
+    tokenizer from the hub or the local cache.
 
     Raises:
         ValueError: the file is missing or is no such checkpoint.
         ImportError: diffusers or transformers is not installed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"The checkpoint {path} does not exist; give the path of a .safetensors file.")
     try:
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import DDIMScheduler
     except ImportError as error:
         raise ImportError("The standalone host needs diffusers: pip install 'sd-webui-loraclr[standalone]'") from error
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    yaml_path = path.with_suffix(".yaml")
     try:
-        if yaml_path.exists():
-            pipeline = _from_yaml(path, yaml_path)
-        else:
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
+        pipeline = _pipeline(path)
     except (KeyError, RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{path.name} cannot be loaded as a Stable Diffusion 1.x checkpoint: {error}") from error
+        raise ValueError(f"{path.name} cannot be loaded as a Stable Diffusion checkpoint: {error}") from error
+    if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise ValueError(
+            f"{path.name} is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be merged for."
+        )
+    if pipeline.unet.config.in_channels != 4 or pipeline.text_encoder is None:
+        raise ValueError(f"{path.name} is an inpainting, editing or refiner model; choose an ordinary one.")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     return Standalone(pipeline.to(device, dtype))
+
+
+def _pipeline(path: Path):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from safetensors import safe_open
+
+    if path.is_dir():
+        return DiffusionPipeline.from_pretrained(path, local_files_only=True)
+    yaml_path = path.with_suffix(".yaml")
+    if yaml_path.exists():
+        return _from_yaml(path, yaml_path)
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+    if not any(key.startswith("conditioner.") for key in keys):
+        pipeline = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
+        if _family(pipeline) == "sd2":  # both kinds of SD 2.x look alike
+            predicts = "epsilon" if predicts_noise(pipeline.unet) else "v_prediction"
+            pipeline.scheduler.register_to_config(prediction_type=predicts)
+        return pipeline
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(path))
+    if "v_pred" in keys:  # how such checkpoints of SDXL mark themselves
+        pipeline.scheduler.register_to_config(
+            prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in keys, timestep_spacing="trailing"
+        )
+    return pipeline
+
+
+@torch.no_grad()
+def predicts_noise(unet) -> bool:
+    """Whether a UNet of diffusers predicts ε, not v: z_t of the last timestep is nearly ε, which it then gives back."""
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    x = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(unet.device, unet.dtype)
+    prediction = unet(x, 999, encoder_hidden_states=torch.zeros(1, 77, width).to(x)).sample
+    return torch.cosine_similarity(prediction.flatten(), x.flatten(), dim=0).item() > 0.5
 
 
 def _from_yaml(path: Path, yaml_path: Path):

@@ -1,0 +1,134 @@
+"""The standalone host with SD 2.x and SDXL of the real block layouts: merged, written, and read by diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from peft.tuners.lora import LoraLayer
+
+from loraclr import files, merging, scenes
+from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
+from loraclr.keys import Family, kohya_name
+from loraclr.merging import Concept, Settings
+from loraclr.polish import missed, polish
+from miniature import checkpoint
+
+QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
+
+
+@pytest.fixture(scope="module", params=["sd2", "sdxl"])
+def family(request) -> Family:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def host(family: Family, tmp_path_factory) -> Standalone:
+    return Standalone(tiny.pipeline(family, tmp_path_factory.mktemp("clip"), "v" if family == "sd2" else "epsilon"))
+
+
+def concepts(host: Standalone) -> list[Concept]:
+    layers = tiny.usual(host.layers())
+    loras = [tiny.random_lora(layers, host.family, f"lora{seed}", seed) for seed in (1, 2)]
+    return [Concept(lora, word, prompts=("a {}",)) for lora, word in zip(loras, ("sks", "zyk"), strict=True)]
+
+
+def adapted(host: Standalone) -> set[str]:
+    """The layers that diffusers has put a LoRA on."""
+    return {
+        kohya_name(part, path, host.family)
+        for part in ("unet", "text_encoder", "text_encoder_2")
+        if getattr(host.pipeline, part, None) is not None
+        for path, module in getattr(host.pipeline, part).named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def test_a_folder_of_diffusers_is_opened(host, family: Family, tmp_path: Path) -> None:
+    host.pipeline.save_pretrained(tmp_path)
+    again = open_checkpoint(tmp_path, "cpu")
+    assert again.family == family
+    assert again.target == ("v" if family == "sd2" else "epsilon")
+    assert again.size == 8 * tiny.SIDE
+    torch.testing.assert_close(again.encode(["a cat"]).tokens, host.encode(["a cat"]).tokens)
+    assert again.layers().keys() == host.layers().keys()
+
+
+def test_what_a_unet_predicts_shows_at_the_last_timestep() -> None:
+    """The trained miniature predicts noise; one that predicts v would give back the clean picture's negative."""
+
+    class Velocity(torch.nn.Module):
+        config = SimpleNamespace(sample_size=16, cross_attention_dim=4)
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, x: torch.Tensor, t: int, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
+            clean = torch.nn.functional.avg_pool2d(x, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+            return SimpleNamespace(sample=0.07 * x - clean)
+
+    assert predicts_noise(checkpoint.load().unet)
+    assert not predicts_noise(Velocity())
+
+
+def test_the_host_reports_the_calls_that_it_can_repeat(host) -> None:
+    calls = []
+    with host.watch(lambda *call: calls.append(call)):
+        host.sample(["a cat"], 3, 2, 4.0, 64, 96)
+    x, t, context, prediction = calls[0]
+    assert x.shape == (2, 4, 12, 8) and len(calls) == 2
+    ours = host.encode(["", "a cat"])
+    torch.testing.assert_close(ours.tokens, context.tokens)
+    if host.family == "sdxl":
+        torch.testing.assert_close(ours.pooled, context.pooled)
+    torch.testing.assert_close(host.predict(x, t, ours), prediction)
+
+
+def test_a_merge_is_a_file_that_diffusers_loads(host, tmp_path: Path) -> None:
+    before = host.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), host.encode(["a sks"]))
+    merged = merging.merge(host, concepts(host), Settings(speed="closed", **QUICK))
+    assert set(merged.layers) == set(concepts(host)[0].lora.layers)
+    assert any("te2" in name for name in merged.layers) == (host.family == "sdxl")
+    path = merging.write(merged, tmp_path / "both.safetensors", dtype=torch.float32)
+    assert files.load(path).family == host.family
+
+    def seen() -> tuple[torch.Tensor, torch.Tensor]:
+        context = host.encode(["a sks beside a zyk"])
+        return context.tokens, host.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), context)
+
+    ours = files.load(path)
+    assert not ours.unused
+    with torch.no_grad():
+        with applied(host.layers(), changes_of(ours, host.layers())):
+            wanted = seen()
+        plain = seen()
+        host.pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+        try:
+            theirs, loaded = seen(), adapted(host)
+        finally:
+            host.pipeline.unload_lora_weights()
+    assert loaded == set(merged.layers)
+    for a, b, c in zip(theirs, wanted, plain, strict=True):
+        assert (a - b).norm() < 1e-3 * (b - c).norm()
+    assert torch.equal(before, host.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), host.encode(["a sks"])))
+
+
+def test_polish_learns_and_scenes_are_drawn(host) -> None:
+    layers, lora = host.layers(), concepts(host)[0].lora
+    whole, half = (changes_of(lora, layers, weight) for weight in (1.0, 0.5))
+    banks = []
+    for changes in (whole, {}):
+        banks.append(Bank(["a sks", ""]))
+        with applied(layers, changes), torch.no_grad():
+            record = filing(banks[-1], host.encode(["a sks", ""]))
+            with host.watch(record):
+                host.sample(["a sks"], 0, 2, 2.0, 64, 64)
+    after = polish(host, layers, half, banks, [1.0, 0.0], 8, 2, 0, lambda *_: None)
+    assert missed(host, layers, after, banks, 4)[0] < 0.9 * missed(host, layers, half, banks, 4)[0]
+
+    bank, latents = scenes.draw(
+        host, layers, [whole, half], scenes.plan(["sks", "zyk"], 1), 0, 2, 2.0, 64, lambda _: None
+    )
+    assert len(bank) == 4 and latents.isfinite().all()
