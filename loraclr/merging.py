@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr import capture, files, prompts, scenes
-from loraclr.capture import Bank, Changes
+from loraclr.capture import NORMS, Bank
+from loraclr.changes import Changes, aligned, changes_of, layer_of, strength
+from loraclr.embeddings import Embeddings, distinct, in_text
 from loraclr.factor import Rank, truncate
+from loraclr.folding import bundled, folded
 from loraclr.formats import Norm
 from loraclr.hosts import Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
 from loraclr.polish import missed, polish
-from loraclr.solve import Change, Statistics
+from loraclr.solve import Factors, NormStatistics, Statistics, width
 
 Speed = Literal["closed", "fast", "balanced", "best"]
 
 #: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
-Fit = Callable[[str, nn.Module, Sequence[Change | None], torch.device], Statistics]
+Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], Statistics]
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
@@ -59,11 +64,23 @@ class Concept:
 
     def strength(self, name: str) -> float:
         """How much of the LoRA's change a layer gets, 0 for a layer that is left alone."""
-        return capture.strength(name, self.lora.family, self.weight, self.text_weight, self.blocks)
+        return strength(name, self.lora.family, self.weight, self.text_weight, self.blocks)
 
-    def changes(self, modules: Mapping[str, nn.Module]) -> Changes:
-        """What the concept asks for, see `loraclr.capture.changes_of`."""
-        return capture.changes_of(self.lora, modules, self.weight, self.text_weight, self.blocks)
+    def changes(self, modules: Mapping[str, nn.Module] | None = None) -> Changes:
+        """What the concept asks for, see `loraclr.changes.changes_of`."""
+        return changes_of(self.lora, modules, self.weight, self.text_weight, self.blocks)
+
+    def with_words(self, renamed: Mapping[str, str]) -> Concept:
+        """The concept with its LoRA's embeddings under other names, old → new, in its trigger and prompts too."""
+        if not renamed:
+            return self
+        words, by_layer = (
+            {renamed.get(name, name): vectors for name, vectors in each.items()}
+            for each in (self.lora.embeddings, self.lora.layer_embeddings)
+        )
+        lora = replace(self.lora, embeddings=words, layer_embeddings=by_layer)
+        texts = tuple(in_text(text, renamed) for text in self.prompts)
+        return replace(self, lora=lora, trigger=in_text(self.trigger, renamed), prompts=texts)
 
 
 @dataclass(frozen=True)
@@ -110,19 +127,31 @@ class Merge:
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
+        words: the embeddings that the LoRAs bring along.
+        notes: what users should know, a sentence each.
     """
 
     family: Family
     concepts: list[Concept]
     settings: Any
     method: str = "loraclr"
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    words: Embeddings = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def prompt(self, name: str) -> str:
         """What to type to use the merged file under this name."""
         return f"<lora:{name}:1> {self.triggers}".rstrip()
+
+    @property
+    def ranks(self) -> str:
+        """The ranks of its layers in words."""
+        ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
+        if not ranks:
+            return "norm layers only"
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
     @property
     def triggers(self) -> str:
@@ -134,7 +163,7 @@ class Merge:
         concepts = [
             {
                 "file": concept.lora.path.name if concept.lora.path else concept.lora.name,
-                "hash": concept.lora.metadata.get("sshs_model_hash", ""),
+                "hash": files.model_hash(concept.lora.path) if concept.lora.path else "",
                 "trigger": concept.trigger,
                 "weight": concept.weight,
                 "text_weight": concept.text_weight,
@@ -144,11 +173,18 @@ class Merge:
             }
             for concept in self.concepts
         ]
-        return {"method": self.method, "concepts": concepts, "settings": asdict(self.settings), "missed": self.missed}
+        settings = asdict(self.settings)
+        return {
+            "version": files.VERSION,
+            "method": self.method,
+            "concepts": concepts,
+            "settings": settings,
+            "missed": self.missed,
+        }
 
 
 def check(host: Host, concepts: Sequence[Concept]) -> None:
-    """Refuse what cannot be merged.
+    """Refuse what cannot be merged for the model that the host has loaded.
 
     Raises:
         ValueError: one sentence that names the LoRA and says what to do.
@@ -165,18 +201,20 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
             raise ValueError(
                 f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
             )
-        norms = sorted(layer_name for layer_name, layer in lora.layers.items() if isinstance(layer, Norm))
-        if norms:
-            raise ValueError(f"{name} changes norm layers ({norms[0]}), which cannot be merged yet: leave it out.")
-        missing = sorted(set(lora.layers) - set(modules))
-        if missing:
-            raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
-        for layer_name, layer in lora.layers.items():
-            lora.check_fits(layer_name, modules[layer_name].weight)
-            if layer.bias is not None:
-                raise ValueError(
-                    f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."
-                )
+        check_layers(lora, modules)
+
+
+def check_layers(lora: LoRA, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a LoRA with layers that the model lacks or has in another shape.
+
+    Raises:
+        ValueError: one sentence that names the LoRA and the layer.
+    """
+    missing = sorted(set(lora.layers) - set(modules))
+    if missing:
+        raise ValueError(f"{lora.name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
+    for name in lora.layers:
+        lora.check_fits(name, modules[name].weight)
 
 
 def check_weights(concept: Concept) -> None:
@@ -195,9 +233,21 @@ def check_weights(concept: Concept) -> None:
         raise ValueError(f"{name} has weight 0 in every layer that it changes: give it another one, or leave it out.")
 
 
-def by_closed_form(name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device) -> Statistics:
+def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
+    """A merge with no layers yet, its concepts' words under names that no two of them share."""
+    result = Merge(concepts[0].lora.family, [], settings)
+    renames = distinct([bundled(concept.lora) for concept in concepts])
+    for concept, renamed in zip(concepts, renames, strict=True):
+        result.concepts.append(concept.with_words(renamed))
+        result.words |= bundled(result.concepts[-1].lora)
+        for old, new in renamed.items():
+            result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
+    return result
+
+
+def by_closed_form(name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device) -> Statistics:
     """The usual fit of a layer."""
-    return Statistics(module.weight[0].numel(), changes, device=device)
+    return Statistics(width(changes), changes, device=device)
 
 
 def merge(
@@ -219,9 +269,12 @@ def merge(
     """
     settings = settings or Settings()
     check(host, concepts)
-    result = Merge(host.family, list(concepts), settings)
-    with host.session():
+    result = begun(concepts, settings)
+    concepts = result.concepts
+    with host.session(), ExitStack() as stack:
         run = _Run(host, concepts, settings, progress, fit)
+        if result.words:
+            stack.enter_context(host.words(result.words))
         run.fit_text()
         run.fit_cross_attention()
         result.seconds["text"] = run.lap()
@@ -252,20 +305,21 @@ class _Run:
         self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
-        self.asked: list[Changes] = [
-            *(concept.changes(live) for concept in concepts),
-            {},
-        ]
         self.texts = [
             *(prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts),
             list(settings.neutral_prompts),
+        ]
+        self.asked: list[Changes] = [
+            *(self.changes(concept, texts, live) for concept, texts in zip(concepts, self.texts, strict=False)),
+            {},
         ]
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
         self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.statistics: dict[str, Statistics] = {}
+        self.statistics: dict[str, Statistics | NormStatistics] = {}
+        self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
@@ -277,6 +331,11 @@ class _Run:
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
+
+    def changes(self, concept: Concept, texts: list[str], live: Mapping[str, nn.Module]) -> Changes:
+        """What a concept asks for, with one context for all layers."""
+        changes = concept.changes(live)
+        return folded(self.host, live, concept.lora, changes, texts) if concept.lora.layer_embeddings else changes
 
     def tick(self, stage: str, work: float = 0.0) -> None:
         """Tell the progress; it may raise Cancelled."""
@@ -361,19 +420,29 @@ class _Run:
             chosen = torch.randperm(rows.shape[1], generator=self.generator)[: self.settings.tokens]
             rows = rows[:, chosen.to(rows.device)]
         if name not in self.statistics:
-            changes = [asked.get(name) for asked in self.asked]
-            self.statistics[name] = self.fit(name, self.modules[name], changes, self.host.device)
+            self.statistics[name], self.inputs[name] = self.begin(name)
+        # The 1 that a change of bias is multiplied by, if any concept changes this layer's bias.
+        rows = F.pad(rows, (0, self.inputs[name] - rows.shape[-1]), value=1.0)
         concepts = len(self.asked) - 1
         weight = 1.0 if place < concepts else self.settings.anchor * concepts
         if weight:
             self.statistics[name].add(place, rows.float(), weight)
+
+    def begin(self, name: str) -> tuple[Statistics | NormStatistics, int]:
+        """Sums for a layer, still empty, and how many inputs they are over."""
+        asked, module = aligned([asked.get(name) for asked in self.asked]), self.modules[name]
+        if isinstance(module, NORMS):
+            return NormStatistics(width(asked), asked, self.host.device), width(asked)
+        return self.fit(name, module, asked, self.host.device), width(asked)
 
     def solve(self, stage: str) -> None:
         """The closed form of every layer watched since the last time, at the rank that was asked for."""
         self.tick(stage)
         for name, statistics in self.statistics.items():
             up, down = statistics.solve(self.settings.ridge)
-            if self.settings.rank is not None:
+            if isinstance(statistics, NormStatistics):
+                pass  # has no rank
+            elif self.settings.rank is not None:
                 up, down = truncate(up, down, self.settings.rank, statistics.gram)
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
@@ -389,36 +458,60 @@ class _Run:
         shares = [1.0] * concepts + [self.settings.neutral * concepts]
         shares += [self.settings.binding * concepts / len(self.joint)] * len(self.joint) if self.joint else []
         banks = [*self.banks, *self.joint]
-        self.merged = polish(
-            self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
-            lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-        )  # fmt: skip
+        # Norm layers take part as they are: they have no factors.
+        norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
+        factors = {name: pair for name, pair in self.merged.items() if name not in norms}
+        if factors:
+            with capture.applied(self.modules, norms):
+                factors = polish(
+                    self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
+                    lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+                )  # fmt: skip
+        self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
 
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""
         layers = {}
-        for name, (up, down) in self.merged.items():
-            module = self.modules[name]
-            up, down = truncate(up.cpu(), down.cpu())
-            conv = isinstance(module, nn.Conv2d)
-            kernel = tuple(module.kernel_size) if conv else (1, 1)
-            layers[name] = Layer(up, down, float(up.shape[1]), conv, kernel)
+        for name, factors in self.merged.items():
+            up, down = (factor.cpu() for factor in factors)
+            factors = (up, down) if up.ndim == 1 else truncate(up, down)
+            layers[name] = layer_of(factors, self.modules[name].weight.shape)
         return layers
 
 
-def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
+#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
+MOST_BUNDLED = 12
+
+
+def write(
+    merge: Merge,
+    path: str | Path,
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+    bundle: bool = True,
+) -> Path:
     """Write the merged LoRA with metadata and sidecar.
 
+    Its words are bundled, unless `bundle` is off or they make more keys than Forge allows: then each is a file of its
+    own, in a folder beside the LoRA, for the webui's folder of embeddings, and `merge.notes` says so.
+
     Raises:
-        FileExistsError: the file is there and `overwrite` is not set.
+        FileExistsError: a file is there and `overwrite` is not set.
     """
     path = Path(path)
-    sources = [concept.lora.name for concept in merge.concepts]
-    triggers = [concept.trigger for concept in merge.concepts]
-    metadata = files.lora_metadata(merge.family, merge.layers, sources, triggers, merge.recipe())
-    files.save(path, merge.layers, metadata, dtype, overwrite)
+    loras = [concept.lora for concept in merge.concepts]
+    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
+    metadata = files.lora_metadata(merge.family, merge.layers, loras, triggers, merge.recipe())
+    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
+    if merge.words and not bundle and (overwrite or not path.exists()):
+        folder = path.with_name(f"{path.stem} embeddings")
+        files.save_embeddings(folder, merge.words, overwrite)
+        merge.notes.append(
+            f"Move the files in {folder.name} into the webui's folder of embeddings: the prompt uses them."
+        )
+    files.save(path, merge.layers, metadata, dtype, overwrite, merge.words if bundle else None)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
-    files.write_sidecar(path, merge.triggers, merge.family, notes)
+    files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
     return path

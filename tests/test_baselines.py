@@ -14,7 +14,8 @@ from toy import ToyHost, toy_lora
 from loraclr import blocks, methods
 from loraclr.baselines import arithmetic, fitting
 from loraclr.factor import decompose
-from loraclr.lora import Layer
+from loraclr.formats import IA3, Bias, DoRA, Full, LoHa, LoKr, Norm
+from loraclr.lora import Layer, LoRA
 from loraclr.merging import Concept, Settings
 from loraclr.methods import METHODS, Options
 
@@ -337,3 +338,60 @@ class TestCombine:
         for name, method in METHODS.items():
             assert method.name == name
             assert method.text.endswith(".") and ". " not in method.text
+
+
+class TestEveryKindOfLayer:
+    """Methods by weights alone take what needs no model, and with a model everything."""
+
+    NAME = "lora_unet_down_blocks_0_resnets_0_conv1"
+    NORM = "lora_unet_down_blocks_0_resnets_0_norm1"
+
+    def loras(self) -> list[LoRA]:
+        loha = LoHa(*(random(*size, seed=k) for k, size in enumerate(((4, 2), (2, 18), (4, 2), (2, 18)))), 0.5)
+        lokr = LoKr(*(random(*size, seed=k) for k, size in enumerate(((2, 1), (1, 2), (2, 1), (1, 9)))), 0.5, 1)
+        kinds = [
+            Layer(random(4, 2), random(2, 18), 1.0, True, (3, 3)),
+            loha,
+            lokr,
+            Full(random(4, 2, 3, 3), bias=random(4, seed=5)),
+        ]
+        loras = [LoRA(str(k), None, "sd1", {self.NAME: kind}) for k, kind in enumerate(kinds)]
+        loras[0].layers[self.NORM] = Norm(random(4, seed=6), bias=random(4, seed=7))
+        loras[3].layers[self.NORM] = Norm(random(4, seed=8))
+        return loras
+
+    @pytest.mark.parametrize("method", ["sum", "average", "concat", "ties"])
+    def test_formats_mix(self, method: str) -> None:
+        loras = self.loras()
+        concepts = [Concept(lora, "", 0.5 + k) for k, lora in enumerate(loras)]
+        result = methods.combine(concepts, method, Options(density=1.0) if method == "ties" else None)
+        layer, norm = result.layers[self.NAME], result.layers[self.NORM]
+        deltas = [(0.5 + k) * lora.layers[self.NAME].delta() for k, lora in enumerate(loras)]
+        expected, share = arithmetic.elect(deltas) if method == "ties" else sum(deltas), 1.0
+        if method == "average":
+            expected, share = expected / 4, 0.25
+        torch.testing.assert_close(layer.delta(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.bias, share * 3.5 * loras[3].layers[self.NAME].bias, rtol=1e-4, atol=1e-4)
+        assert (layer.conv, layer.kernel) == (True, (3, 3))
+        weight = 0.5 * random(4, seed=6) + 3.5 * random(4, seed=8)
+        torch.testing.assert_close(norm.weight, share * weight)
+        torch.testing.assert_close(norm.bias, share * 0.5 * random(4, seed=7))
+
+    def test_the_kernel_is_told_by_the_name_where_no_file_tells_it(self) -> None:
+        result = methods.combine([Concept(self.loras()[1], "")], "sum")
+        assert (result.layers[self.NAME].conv, result.layers[self.NAME].kernel) == (True, (3, 3))
+
+    def test_what_depends_on_the_model_needs_one(self) -> None:
+        modules = {self.NAME: nn.Conv2d(2, 4, 3)}
+        inner = self.loras()[0].layers[self.NAME]
+        kinds = [DoRA(inner, random(4).abs()), IA3(random(4, seed=1), False), Bias(bias=random(4, seed=2))]
+        concepts = [Concept(LoRA(str(k), None, "sd1", {self.NAME: kind}), "") for k, kind in enumerate(kinds)]
+        for concept, kind in zip(concepts, ("LoRA with DoRA", "IA3", "bias"), strict=True):
+            with pytest.raises(ValueError, match=rf"depends on the model \({self.NAME}, {kind}\): give the checkpoint"):
+                methods.combine([concept], "sum")
+        layer = methods.combine(concepts, "sum", modules=modules).layers[self.NAME]
+        expected = sum(kind.delta(modules[self.NAME].weight) for kind in kinds)
+        torch.testing.assert_close(layer.delta(), expected.flatten(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.bias, kinds[2].bias)
+        with pytest.raises(ValueError, match="0 has layers that the loaded model lacks"):
+            methods.combine(concepts, "sum", modules={})

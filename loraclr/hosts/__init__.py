@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.embeddings import Embeddings
 from loraclr.keys import Family
 
 #: Told of every UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context (B, T, C), prediction (B, 4, h, w).
@@ -28,7 +29,7 @@ class Host(Protocol):
     """ᾱ_t of every timestep (T,), float32: how much of the clean latent z_t holds."""
 
     def layers(self) -> dict[str, nn.Module]:
-        """Canonical layer name → live module (Linear or Conv2d) of UNet and text encoders."""
+        """Canonical layer name → live module (Linear, Conv2d, LayerNorm or GroupNorm) of UNet and text encoders."""
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Prompts → context (B, T, C) through the text encoder as it is now, hooks included; differentiable."""
@@ -43,6 +44,9 @@ class Host(Protocol):
 
     def watch(self, record: Record) -> AbstractContextManager[None]:
         """Report every UNet call made inside to `record`."""
+
+    def words(self, embeddings: Embeddings) -> AbstractContextManager[None]:
+        """Inside, prompts may hold these words, which stand for their vectors. Not to be nested."""
 
     def session(self) -> AbstractContextManager[None]:
         """Inside, no LoRA of the user's is applied and gradients can be taken; on exit everything is as before."""

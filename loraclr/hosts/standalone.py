@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.embeddings import Embeddings
 from loraclr.hosts import Record
+from loraclr.hosts.words import spoken
 from loraclr.keys import kohya_name
 
 
@@ -32,7 +34,7 @@ class Standalone:
         found = {}
         for part, root in (("unet", self.pipeline.unet), ("text_encoder", self.pipeline.text_encoder)):
             for path, module in root.named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
+                if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
                     found[kohya_name(part, path, self.family)] = module
         return found
 
@@ -76,6 +78,19 @@ class Standalone:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def words(self, embeddings: Embeddings) -> Iterator[None]:
+        pipeline = self.pipeline
+        with ExitStack() as stack:
+            for suffix, encoders in (("", ("clip_l", "clip_h")), ("_2", ("clip_g",))):
+                own = {word: each[one] for word, each in embeddings.items() for one in encoders if one in each}
+                tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+                if own and tokenizer is not None:
+                    encoder = getattr(pipeline, f"text_encoder{suffix}")
+                    stack.callback(setattr, pipeline, f"tokenizer{suffix}", tokenizer)
+                    setattr(pipeline, f"tokenizer{suffix}", stack.enter_context(spoken(tokenizer, encoder, own)))
+            yield
 
     @contextmanager
     def session(self) -> Iterator[None]:
