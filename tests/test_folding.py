@@ -12,11 +12,11 @@ from toy import WIDTH, ToyHost, toy_lora
 from loraclr import files
 from loraclr.capture import applied
 from loraclr.changes import is_text
-from loraclr.folding import bundled, cross_layers, folded
+from loraclr.folding import RIDGE, bundled, cross_layers, folded
 from loraclr.formats import Layer
 from loraclr.lora import LoRA
 from loraclr.merging import Concept, Settings, merge, write
-from loraclr.prompts import NEUTRAL, filled
+from loraclr.prompts import NEUTRAL, PAIR, filled
 
 WORD = "<potter1>"
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
@@ -42,14 +42,17 @@ def test_what_is_folded_is_least_squares_over_the_prompts_tokens() -> None:
     changes = Concept(lora, WORD, 0.7).changes(layers)
     texts = [f"a photo of a {WORD}", f"a {WORD} and a dog", f"a {WORD}"]
     new = folded(host, layers, lora, changes, texts)
-    prompts = dict.fromkeys([*texts, *filled(WORD, "style"), *NEUTRAL, ""])
+    pairs = [template.format(WORD, "dog") for template in PAIR]
+    prompts = dict.fromkeys([*texts, *filled(WORD, "style"), *pairs, *NEUTRAL, ""])
 
     def features(vectors: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), applied(layers, changes), host.words({WORD: {"clip_l": vectors}}):
             return host.encode(list(prompts)).flatten(0, 1)
 
     usual, own = features(bundled(lora)[WORD]["clip_l"]), features(lora.layer_embeddings[WORD][6:7])
-    move = torch.linalg.lstsq(usual, own - usual).solution.T
+    gram = usual.T @ usual
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(WIDTH)
+    move = (own - usual).T @ usual @ torch.linalg.inv(gram + ridge)
     for name in changes:
         if "attn2_to_k" not in name and "attn2_to_v" not in name:
             assert new[name] is changes[name]
@@ -81,24 +84,25 @@ def test_a_merge_writes_the_word_and_takes_its_layers_for_the_targets(tmp_path) 
     assert files.load(tmp_path / "few.safetensors").embeddings.keys() == {"w0"}
 
 
+@pytest.fixture(scope="module")
+def host():
+    """The miniature, run by diffusers."""
+    pytest.importorskip("diffusers")
+    from miniature import drawing
+
+    return drawing.open_miniature("cpu")
+
+
 class TestOnTheMiniature:
     """A real SD 1.x, all 16 layers, its own text encoder and tokenizer."""
 
-    @pytest.fixture(scope="class")
-    def host(self):
-        pytest.importorskip("diffusers")
-        from loraclr.hosts.standalone import open_checkpoint
-        from miniature import CHECKPOINT
-
-        return open_checkpoint(CHECKPOINT, "cpu")
-
     def lora(self, host) -> LoRA:
-        """Embeddings spread around that of "tiger" as much as words differ, and layers as large as a trained LoRA's."""
+        """Embeddings spread around that of "tiger" twice as far as it is long, and layers as large as a trained LoRA's."""
         random = torch.Generator().manual_seed(0)
         encoder, tokenizer = host.pipeline.text_encoder, host.pipeline.tokenizer
         table = encoder.get_input_embeddings().weight
         word = table[tokenizer("tiger", add_special_tokens=False).input_ids[0]]
-        vectors = word + 0.5 * table.std() * torch.randn(16, table.shape[1], generator=random)
+        vectors = word + 2 * word.std() * torch.randn(16, table.shape[1], generator=random)
         layers = {}
         for name, module in host.layers().items():
             if is_text(name) or "attn2" in name:
@@ -140,9 +144,7 @@ class TestOnTheMiniature:
             ours = host.predict(x, t, mean)
         lost, before = (ours - wanted).norm(), (unfolded - wanted).norm()
         print("folding leaves", float(lost / before), "of the difference", float(before / wanted.norm()))
-        assert lost < 0.3 * before
-        ranks = [new[f"{layer}_to_k"][1].shape[0] for layer in cross_layers()]
-        print("ranks", ranks)
+        assert lost < 0.9 * before
 
     def test_words_leave_tokenizer_and_encoder_as_they_were(self, host) -> None:
         tokenizer, encoder = host.pipeline.tokenizer, host.pipeline.text_encoder
