@@ -50,9 +50,11 @@ def test_what_is_folded_is_least_squares_over_the_prompts_tokens() -> None:
             return host.encode(list(prompts)).flatten(0, 1)
 
     usual, own = features(bundled(lora)[WORD]["clip_l"]), features(lora.layer_embeddings[WORD][6:7])
-    gram = usual.T @ usual
+    first = usual[0] / usual[0].norm()  # must stay
+    rows = usual - torch.outer(usual @ first, first)
+    gram = rows.T @ rows
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(WIDTH)
-    move = (own - usual).T @ usual @ torch.linalg.inv(gram + ridge)
+    move = (own - usual).T @ rows @ torch.linalg.inv(gram + ridge)
     for name in changes:
         if "attn2_to_k" not in name and "attn2_to_v" not in name:
             assert new[name] is changes[name]
@@ -97,7 +99,7 @@ class TestOnTheMiniature:
     """A real SD 1.x, all 16 layers, its own text encoder and tokenizer."""
 
     def lora(self, host) -> LoRA:
-        """Embeddings spread around that of "tiger" twice as far as it is long, and layers as large as a trained LoRA's."""
+        """Embeddings spread around that of "tiger", twice as far as it is long, and layers of 6 % of the weights."""
         random = torch.Generator().manual_seed(0)
         encoder, tokenizer = host.pipeline.text_encoder, host.pipeline.tokenizer
         table = encoder.get_input_embeddings().weight
@@ -107,7 +109,7 @@ class TestOnTheMiniature:
         for name, module in host.layers().items():
             if is_text(name) or "attn2" in name:
                 o, d = module.weight.flatten(1).shape if module.weight.ndim > 1 else (0, 0)
-                size = 0.3 * float(module.weight.detach().norm()) / (o * d) ** 0.5 if o else 0
+                size = 0.06 * float(module.weight.detach().norm()) / (o * d) ** 0.5 if o else 0
                 up, down = torch.randn(o, 4, generator=random), torch.randn(4, d, generator=random)
                 layers |= {name: Layer(size * up / 2, down, 4.0)} if o else {}
         return LoRA("potter", None, "sd1", layers, layer_embeddings={WORD: vectors.detach()})
@@ -144,7 +146,7 @@ class TestOnTheMiniature:
             ours = host.predict(x, t, mean)
         lost, before = (ours - wanted).norm(), (unfolded - wanted).norm()
         print("folding leaves", float(lost / before), "of the difference", float(before / wanted.norm()))
-        assert lost < 0.9 * before
+        assert lost < 0.8 * before
 
     def test_words_leave_tokenizer_and_encoder_as_they_were(self, host) -> None:
         tokenizer, encoder = host.pipeline.tokenizer, host.pipeline.text_encoder
