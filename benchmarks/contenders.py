@@ -9,7 +9,7 @@ from functools import partial
 
 from loraclr import merging, methods
 from loraclr.baselines.fitting import Loop, by_reference
-from loraclr.capture import Changes
+from loraclr.changes import Changes, changes_of
 from loraclr.hosts import Host
 from loraclr.lora import LoRA
 from loraclr.merging import Concept, Merge, Settings
@@ -63,7 +63,7 @@ def single(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping)
 
 
 def _own(concept: Concept) -> Changes:
-    return methods.plain(concept.lora, concept.weight, concept.text_weight)
+    return concept.changes()
 
 
 def by_weights(method: str) -> Run:
@@ -96,7 +96,7 @@ def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
 
 
 def _entry(merge: Merge, options: Mapping) -> Entry:
-    changes = methods.plain(LoRA("merged", None, merge.family, merge.layers))
+    changes = changes_of(LoRA("merged", None, merge.family, merge.layers))
     capture = merge.seconds.get("capture", 0.0)
     return Entry([changes] * len(merge.concepts), changes, capture, sum(merge.seconds.values()) - capture, options)
 

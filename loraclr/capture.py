@@ -11,16 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraclr.changes import Changes as Changes
+from loraclr.changes import changes_of as changes_of
+from loraclr.changes import is_text as is_text
 from loraclr.hosts import Context, Record
-from loraclr.lora import LoRA
 
-#: Layer name → (up (o, r), down (r, d)), scale and strength folded in.
-Changes = Mapping[str, tuple[Tensor, Tensor]]
-
-
-def is_text(name: str) -> bool:
-    """Whether a canonical layer name belongs to a text encoder."""
-    return name.startswith("lora_te")
+#: The layers that only scale and shift what they have normalised.
+NORMS = (nn.LayerNorm, nn.GroupNorm)
 
 
 def is_cross_kv(name: str) -> bool:
@@ -40,26 +37,9 @@ def same_inputs(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def changes_of(
-    lora: LoRA, modules: Mapping[str, nn.Module], weight: float = 1.0, text_weight: float | None = None
-) -> Changes:
-    """A LoRA's exact factors at a strength for the UNet and one for the text encoder (None: the same), on the CPU.
-
-    modules: the live layers by canonical name; some kinds of change depend on their weights. Raises ValueError, one
-    sentence, if a change does not fit its layer.
-    """
-    text_weight = weight if text_weight is None else text_weight
-    changes = {}
-    for name, layer in lora.layers.items():
-        lora.check_fits(name, modules[name].weight)
-        up, down = layer.factors(modules[name].weight)
-        changes[name] = up.cpu() * (text_weight if is_text(name) else weight), down.cpu()
-    return changes
-
-
 @contextmanager
 def applied(modules: Mapping[str, nn.Module], changes: Changes) -> Iterator[None]:
-    """Inside, every layer named in `changes` puts out W x + up (down x); on exit the hooks are gone.
+    """Inside, every layer named in `changes` puts out what the change makes of it; on exit the hooks are gone.
 
     Gradients flow to the factors if they ask for them.
     """
@@ -88,16 +68,31 @@ def applied(modules: Mapping[str, nn.Module], changes: Changes) -> Iterator[None
 
 
 def _change(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """up (down x), or up (down [x, 1]) where down has a column for a bias; up x̂ + down for a norm layer."""
+    if isinstance(module, NORMS):
+        return _normed(module, x, up, down)
+    inputs = module.weight[0].numel()
+    down, shift = (down, None) if down.shape[1] == inputs else (down[:, :inputs], down[:, inputs])
     if not isinstance(module, nn.Conv2d):
-        return F.linear(F.linear(x, down), up)
-    kernel = down.view(down.shape[0], x.shape[1], *module.kernel_size)
-    inner = F.conv2d(x, kernel, None, module.stride, module.padding, module.dilation)
+        return F.linear(F.linear(x, down, shift), up)
+    kernel = down.reshape(down.shape[0], x.shape[1], *module.kernel_size)
+    inner = F.conv2d(x, kernel, shift, module.stride, module.padding, module.dilation)
     return F.conv2d(inner, up[..., None, None])
+
+
+def _normed(module: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """What a norm layer makes of x with another weight and bias (n,); without, x̂."""
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, scale, shift, module.eps)
+    return F.layer_norm(x, module.normalized_shape, scale, shift, module.eps)
 
 
 @contextmanager
 def observed(modules: Mapping[str, nn.Module], tell: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `tell(name, rows)` gets every input of the given layers as rows (B, tokens, d), detached."""
+    """Inside, `tell(name, rows)` gets every input of the given layers as rows (B, tokens, d), detached.
+
+    A norm layer's are what it has normalised.
+    """
 
     def hook(name: str) -> Callable:
         def before(module: nn.Module, args: tuple) -> None:
@@ -115,6 +110,10 @@ def observed(modules: Mapping[str, nn.Module], tell: Callable[[str, Tensor], Non
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
     """A layer's input as (B, tokens, d); a convolution's is unfolded into what each output place sees."""
+    if isinstance(module, nn.GroupNorm):
+        return _normed(module, x).flatten(2).mT
+    if isinstance(module, nn.LayerNorm):
+        x = _normed(module, x)
     if not isinstance(module, nn.Conv2d):
         return x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
     if module.kernel_size == (1, 1):

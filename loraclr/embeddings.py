@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +54,45 @@ def encoder(tensor: Tensor, family: Family) -> str | None:
 def vectors(tensor: Tensor) -> Tensor:
     """An embedding's tensor as float32 vectors (tokens, width), sharing no memory with the file."""
     return tensor.to(torch.float32, copy=True).reshape(-1, tensor.shape[-1])
+
+
+def distinct(sources: Sequence[Embeddings]) -> list[dict[str, str]]:
+    """For each source new names of its words, so that all can be in one file: old → new, of those that change.
+
+    A name without dots (the webui splits keys there) that no earlier source has for other vectors.
+    """
+    taken: Embeddings = {}
+    renamed = []
+    for words in sources:
+        names = {}
+        for name, encoders in words.items():
+            base = free = name.replace(".", "_")
+            number = 2
+            while free in taken and not _same(taken[free], encoders):
+                free, number = f"{base}_{number}", number + 1
+            taken[free] = encoders
+            if free != name:
+                names[name] = free
+        renamed.append(names)
+    return renamed
+
+
+def in_text(text: str, renamed: Mapping[str, str]) -> str:
+    """A prompt with words under their new names."""
+    for old, new in renamed.items():
+        text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _, new=new: new, text)
+    return text
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(vectors, other[encoder]) for encoder, vectors in one.items())
+
+
+def bundle(words: Embeddings) -> dict[str, Tensor]:
+    """Words as the keys of a LoRA file that the webui reads: vectors for two encoders by their names."""
+    return {f"{PREFIX}{name}.{rest}": tensor for name, each in words.items() for rest, tensor in alone(each).items()}
+
+
+def alone(encoders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a word's own embedding file."""
+    return {"emb_params": next(iter(encoders.values()))} if len(encoders) == 1 else dict(encoders)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,10 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraclr import edlora, pickled
+from loraclr import edlora, embeddings, pickled
+from loraclr.formats import Norm
 from loraclr.formats.scaling import PEFT_CONFIG
 from loraclr.keys import Family
-from loraclr.lora import Layer, LoRA, LoRAFormatError, parse
+from loraclr.lora import Layer, LoRA, LoRAFormatError, parse, tags_from
+
+VERSION = "0.1.0"
 
 # What the webui calls the families in a sidecar and, by metadata, in its Lora tab.
 SD_VERSION: dict[Family, str] = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL"}
@@ -77,16 +81,17 @@ def _from_torch(path: Path) -> LoRA:
 
 def save(
     path: str | os.PathLike[str],
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, Layer | Norm],
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float16,
     overwrite: bool = False,
+    words: embeddings.Embeddings | None = None,
 ) -> Path:
-    """Write layers under kohya's names as a .safetensors file, all or nothing.
+    """Write layers under kohya's and LyCORIS' names as a .safetensors file, all or nothing.
 
-    The hashes that the webui trusts are computed as kohya does, after the cast, and title and output name default to
-    the file's. The file appears complete under its name or not at all. Raises FileExistsError if it exists and
-    `overwrite` is not set; ValueError for values that are not finite in `dtype`.
+    words: embeddings to bundle. The hashes that the webui trusts are computed as kohya does, after the cast, and title
+    and output name default to the file's. The file appears complete under its name or not at all. Raises
+    FileExistsError if it exists and `overwrite` is not set; ValueError for values that are not finite in `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -97,6 +102,7 @@ def save(
     if wrong:
         raise ValueError(f"metadata values must be str; these are not: {', '.join(wrong)}")
     tensors = _tensors(layers, dtype)
+    tensors |= {key: _cast(tensor, dtype, key) for key, tensor in embeddings.bundle(words or {}).items()}
     metadata = {"ss_output_name": path.stem, "modelspec.title": path.stem, **metadata}
     metadata |= _hashes(tensors, metadata)
     _write(path, safetensors.torch.save(tensors, metadata))
@@ -105,34 +111,76 @@ def save(
 
 def lora_metadata(
     family: Family,
-    layers: Mapping[str, Layer],
-    sources: Sequence[str],
+    layers: Mapping[str, Layer | Norm],
+    sources: Sequence[LoRA],
     triggers: Sequence[str],
     recipe: Mapping[str, Any],
 ) -> dict[str, str]:
     """The metadata of a merged LoRA: what A1111, Forge and kohya's tools look for, and how it was made.
 
-    sources: names of the merged LoRAs; triggers: the words that call their concepts; recipe: anything JSON can hold.
+    sources: the merged LoRAs; triggers: the words that call their concepts; recipe: anything JSON can hold.
     """
-    ranks = {str(layer.rank) for layer in layers.values()}
-    alphas = {f"{layer.alpha:g}" for layer in layers.values()}
-    # A1111 shows these as tags on the card; it wants folders of tags with counts.
-    tags = {"merge": {trigger: 1 for trigger in triggers if trigger}}
+    plain = [layer for layer in layers.values() if isinstance(layer, Layer) and layer.bias is None]
+    ranks = {str(layer.rank) for layer in plain}
+    alphas = {f"{layer.alpha:g}" for layer in plain}
     return {
         "ss_base_model_version": _BASE_MODEL[family],
         "ss_v2": str(family == "sd2"),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if len(plain) == len(layers) else "lycoris.kohya",
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(_tags(sources, triggers), ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": _ARCHITECTURE[family],
         "modelspec.implementation": _IMPLEMENTATION[family],
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "modelspec.merged_from": ", ".join(sources),
+        "modelspec.merged_from": ", ".join(source.name for source in sources),
         "modelspec.trigger_phrase": ", ".join(trigger for trigger in triggers if trigger),
         "loraclr.recipe": json.dumps(recipe, ensure_ascii=False),
     }
+
+
+def _tags(sources: Sequence[LoRA], triggers: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The sources' training tags, counts of equal ones added up, and the triggers: what A1111 shows on the card.
+
+    It wants folders of tags with counts.
+    """
+    tags: dict[str, Counter[str]] = {"merge": Counter({trigger: 1 for trigger in triggers if trigger})}
+    for source in sources:
+        for folder, counts in tags_from(source.metadata).items():
+            tags.setdefault(folder, Counter()).update(counts)
+    return {folder: dict(counts) for folder, counts in tags.items()}
+
+
+def save_embeddings(
+    folder: str | os.PathLike[str], words: embeddings.Embeddings, overwrite: bool = False
+) -> list[Path]:
+    """Write each word as an embedding file of its own, named after it.
+
+    Raises FileExistsError, before anything is written, if one is there and `overwrite` is not set, and ValueError for a
+    word that can be no file's name.
+    """
+    paths = [Path(folder) / f"{word}.safetensors" for word in words]
+    for path, word in zip(paths, words, strict=True):
+        if path.name != f"{word}.safetensors" or word.startswith("."):
+            raise ValueError(f"The word {word} cannot be the name of an embedding's file; bundle it instead.")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path.name} exists already; choose another name or allow overwriting.")
+    Path(folder).mkdir(exist_ok=True)
+    for path, encoders in zip(paths, words.values(), strict=True):
+        _write(path, safetensors.torch.save(embeddings.alone(encoders)))
+    return paths
+
+
+def model_hash(path: Path) -> str:
+    """What kohya and the webui know a LoRA by: SHA-256 of a safetensors file behind its header, else of the file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if path.suffix == ".safetensors":
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_sidecar(
@@ -158,17 +206,31 @@ def write_sidecar(
     return sidecar
 
 
-def _tensors(layers: Mapping[str, Layer], dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for name, layer in layers.items():
-        up, down = layer.up, layer.down
-        if layer.conv:
-            up = up[:, :, None, None]
-            down = down.reshape(layer.rank, -1, *layer.kernel)
-        tensors[f"{name}.lora_up.weight"] = _cast(up, dtype, name)
-        tensors[f"{name}.lora_down.weight"] = _cast(down, dtype, name)
-        tensors[f"{name}.alpha"] = _cast(torch.tensor(layer.alpha), dtype, name)
-    return tensors
+def _tensors(layers: Mapping[str, Layer | Norm], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        f"{name}.{suffix}": _cast(tensor, dtype, name)
+        for name, layer in layers.items()
+        for suffix, tensor in _parts(layer).items()
+    }
+
+
+def _parts(layer: Layer | Norm) -> dict[str, Tensor]:
+    """A layer's tensors by suffix.
+
+    The webui knows a change of bias beside a full difference only, and wants both tensors of a norm layer.
+    """
+    if isinstance(layer, Norm):
+        bias = torch.zeros_like(layer.weight) if layer.bias is None else layer.bias
+        return {"w_norm": layer.weight, "b_norm": bias}
+    kernel = layer.kernel if layer.conv else ()
+    if layer.bias is not None:
+        delta = layer.delta()
+        return {"diff": delta.reshape(len(delta), -1, *kernel), "diff_b": layer.bias}
+    return {
+        "lora_up.weight": layer.up[:, :, None, None] if layer.conv else layer.up,
+        "lora_down.weight": layer.down.reshape(layer.rank, -1, *kernel),
+        "alpha": torch.tensor(layer.alpha),
+    }
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

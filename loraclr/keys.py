@@ -95,37 +95,10 @@ def open_clip_name(name: str) -> str | None:
     return None if inside is None else f"transformer.resblocks.{match['number']}.{inside}"
 
 
-def canonical(key: str, family: Family = "sd1") -> tuple[str, str] | None:
-    """Split a key of a LoRA file into the canonical layer name and kohya's suffix; None if it is not understood.
-
-    The suffix is ``lora_up.weight``, ``lora_down.weight``, ``lora_mid.weight`` or ``alpha``. See `layer_name`.
-    """
-    split = _split_suffix(key)
-    if split is None:
-        return None
-    stem, suffix = split
-    name = layer_name(stem, family)
-    return None if name is None else (name, suffix)
-
-
-_SUFFIX = re.compile(
-    r"(?P<stem>.+?)(?:"
-    r"\.lora_(?P<kohya>up|down|mid)"
-    r"|\.lora_(?P<peft>[AB])(?:\.[^.]+)?"
-    r"|[._]lora\.(?P<diffusers>up|down)"
-    r"|\.lora_linear_layer\.(?P<linear>up|down)"
-    r")\.weight"
-)
-
-
-def _split_suffix(key: str) -> tuple[str, str] | None:
-    if key.endswith(".alpha"):
-        return key.removesuffix(".alpha"), "alpha"
-    match = _SUFFIX.fullmatch(key)
-    if match is None:
-        return None
-    side = match["kohya"] or match["diffusers"] or match["linear"] or {"A": "down", "B": "up"}[match["peft"]]
-    return match["stem"], f"lora_{side}.weight"
+def kernel(name: str, family: Family = "sd1") -> tuple[int, int] | None:
+    """The size of a convolution's kernel by its canonical name; None for a layer that is no convolution."""
+    path = compvis_unet_path(name, family)
+    return None if path is None else layout.kernel(layout.to_diffusers(family)[path], family)
 
 
 # What stands before the path inside a part, with underscores for dots. The numbers alone are the webui's full names

@@ -87,6 +87,15 @@ def to_diffusers(family: Family) -> dict[str, str]:
     return paths
 
 
+def kernel(diffusers: str, family: Family) -> tuple[int, int] | None:
+    """The size of a convolution's kernel by its diffusers path; None for a layer that is no convolution."""
+    last = diffusers.rpartition(".")[2]
+    if last in ("conv_in", "conv_out", "conv1", "conv2", "conv"):
+        return 3, 3
+    # Around a transformer SD 1.x has 1×1 convolutions, the later families Linear layers.
+    return (1, 1) if last == "conv_shortcut" or (family == "sd1" and last in ("proj_in", "proj_out")) else None
+
+
 def _layer(diffusers: str, layer: int, compvis: str, depth: int) -> Iterator[tuple[str, str]]:
     yield from _resnet(f"{diffusers}.resnets.{layer}", f"{compvis}.0")
     if depth:

@@ -52,10 +52,28 @@ class LoRA:
                 f"{self.name} does not fit the loaded model: its {layer_name} is {in_words(layer.size)}, "
                 f"the model's {in_words((there[0], math.prod(there[1:])))}. It was made for another model family."
             )
+        if layer.bias is not None and len(layer.bias) != there[0]:
+            raise ValueError(
+                f"{self.name} does not fit the loaded model: its {layer_name} has {len(layer.bias)} biases, the "
+                f"model's {there[0]}. It was made for another model family."
+            )
 
     def triggers(self) -> str:
         """What most likely calls the concept: the user's note, the metadata's, the words that come along, or ""."""
         return self.activation or trigger_from(self.metadata) or " ".join([*self.layer_embeddings, *self.embeddings])
+
+
+def tags_from(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """``ss_tag_frequency``: training folder → tag → count; what is no such thing in it is left out."""
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return {
+        folder: {tag.strip(): n for tag, n in tags.items() if isinstance(n, int) and tag.strip()}
+        for folder, tags in (folders.items() if isinstance(folders, dict) else ())
+        if isinstance(tags, dict)
+    }
 
 
 def trigger_from(metadata: Mapping[str, str]) -> str:
@@ -63,14 +81,9 @@ def trigger_from(metadata: Mapping[str, str]) -> str:
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
         return phrase
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except json.JSONDecodeError:
-        return ""
     counts: Counter[str] = Counter()
-    for tags in folders.values() if isinstance(folders, dict) else ():
-        if isinstance(tags, dict):
-            counts.update({tag.strip(): n for tag, n in tags.items() if isinstance(n, int) and tag.strip()})
+    for tags in tags_from(metadata).values():
+        counts.update(tags)
     return counts.most_common(1)[0][0] if counts else ""
 
 

@@ -6,27 +6,32 @@ import math
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr import capture, files, prompts, scenes
-from loraclr.capture import Bank, Changes
+from loraclr.capture import NORMS, Bank
+from loraclr.changes import Changes, aligned, changes_of, layer_of, strength
+from loraclr.embeddings import Embeddings, distinct, in_text
 from loraclr.factor import Rank, truncate
+from loraclr.folding import bundled, folded
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA
 from loraclr.polish import missed, polish
-from loraclr.solve import Change, Statistics
+from loraclr.solve import Factors, NormStatistics, Statistics, width
 
 Speed = Literal["closed", "fast", "balanced", "best"]
 
 #: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
-Fit = Callable[[str, nn.Module, Sequence[Change | None], torch.device], Statistics]
+Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], Statistics]
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
@@ -50,7 +55,8 @@ class Concept:
 
     Attributes:
         trigger: the words that call it.
-        weight: strength for the UNet, and for the text encoder unless `text_weight` is given. Any real number but 0.
+        weight: strength for the UNet, and for the text encoder unless `text_weight` is given; any real number.
+        blocks: for each block what its strength is multiplied by, as `loraclr.blocks.block_weights` returns it.
         kind: a style changes how everything is drawn, so other prompts are looked at.
         prompts: what to look at, `{}` standing for the trigger; empty for the usual ones.
     """
@@ -61,6 +67,27 @@ class Concept:
     text_weight: float | None = None
     kind: prompts.Kind = "subject"
     prompts: tuple[str, ...] = ()
+    blocks: Mapping[str, float] | None = None
+
+    def strength(self, name: str) -> float:
+        """How much of the LoRA's change a layer gets, 0 for a layer that is left alone."""
+        return strength(name, self.lora.family, self.weight, self.text_weight, self.blocks)
+
+    def changes(self, modules: Mapping[str, nn.Module] | None = None) -> Changes:
+        """What the concept asks for, see `loraclr.changes.changes_of`."""
+        return changes_of(self.lora, modules, self.weight, self.text_weight, self.blocks)
+
+    def with_words(self, renamed: Mapping[str, str]) -> Concept:
+        """The concept with its LoRA's embeddings under other names, old → new, in its trigger and prompts too."""
+        if not renamed:
+            return self
+        words, by_layer = (
+            {renamed.get(name, name): vectors for name, vectors in each.items()}
+            for each in (self.lora.embeddings, self.lora.layer_embeddings)
+        )
+        lora = replace(self.lora, embeddings=words, layer_embeddings=by_layer)
+        texts = tuple(in_text(text, renamed) for text in self.prompts)
+        return replace(self, lora=lora, trigger=in_text(self.trigger, renamed), prompts=texts)
 
 
 @dataclass(frozen=True)
@@ -107,19 +134,31 @@ class Merge:
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
+        words: the embeddings that the LoRAs bring along.
+        notes: what users should know, a sentence each.
     """
 
     family: Family
     concepts: list[Concept]
     settings: Any
     method: str = "loraclr"
-    layers: dict[str, Layer] = field(default_factory=dict)
+    layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    words: Embeddings = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def prompt(self, name: str) -> str:
         """What to type to use the merged file under this name."""
         return f"<lora:{name}:1> {self.triggers}".rstrip()
+
+    @property
+    def ranks(self) -> str:
+        """The ranks of its layers in words."""
+        ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
+        if not ranks:
+            return "norm layers only"
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
     @property
     def triggers(self) -> str:
@@ -131,20 +170,28 @@ class Merge:
         concepts = [
             {
                 "file": concept.lora.path.name if concept.lora.path else concept.lora.name,
-                "hash": concept.lora.metadata.get("sshs_model_hash", ""),
+                "hash": files.model_hash(concept.lora.path) if concept.lora.path else "",
                 "trigger": concept.trigger,
                 "weight": concept.weight,
                 "text_weight": concept.text_weight,
                 "kind": concept.kind,
                 "prompts": concept.prompts,
+                "blocks": concept.blocks,
             }
             for concept in self.concepts
         ]
-        return {"method": self.method, "concepts": concepts, "settings": asdict(self.settings), "missed": self.missed}
+        settings = asdict(self.settings)
+        return {
+            "version": files.VERSION,
+            "method": self.method,
+            "concepts": concepts,
+            "settings": settings,
+            "missed": self.missed,
+        }
 
 
 def check(host: Host, concepts: Sequence[Concept]) -> None:
-    """Refuse what cannot be merged.
+    """Refuse what cannot be merged for the model that the host has loaded.
 
     Raises:
         ValueError: one sentence that names the LoRA and says what to do.
@@ -156,29 +203,58 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
         name, lora = concept.lora.name, concept.lora
         if not concept.trigger.strip():
             raise ValueError(f"{name} has no trigger words: write the words that call it into its row.")
-        if not math.isfinite(concept.weight) or concept.weight == 0:
-            raise ValueError(f"{name} has weight {concept.weight}: give it a number other than 0, or leave it out.")
+        check_weights(concept)
         if lora.family != host.family:
             raise ValueError(
                 f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
             )
-        norms = sorted(layer_name for layer_name, layer in lora.layers.items() if isinstance(layer, Norm))
-        if norms:
-            raise ValueError(f"{name} changes norm layers ({norms[0]}), which cannot be merged yet: leave it out.")
-        missing = sorted(set(lora.layers) - set(modules))
-        if missing:
-            raise ValueError(f"{name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
-        for layer_name, layer in lora.layers.items():
-            lora.check_fits(layer_name, modules[layer_name].weight)
-            if layer.bias is not None:
-                raise ValueError(
-                    f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."
-                )
+        check_layers(lora, modules)
 
 
-def by_closed_form(name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device) -> Statistics:
+def check_layers(lora: LoRA, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a LoRA with layers that the model lacks or has in another shape.
+
+    Raises:
+        ValueError: one sentence that names the LoRA and the layer.
+    """
+    missing = sorted(set(lora.layers) - set(modules))
+    if missing:
+        raise ValueError(f"{lora.name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
+    for name in lora.layers:
+        lora.check_fits(name, modules[name].weight)
+
+
+def check_weights(concept: Concept) -> None:
+    """Refuse weights that are no numbers, or that leave nothing of the LoRA.
+
+    Raises:
+        ValueError: one sentence that names the LoRA.
+    """
+    name, blocks = concept.lora.name, concept.blocks or {}
+    given = {"weight": concept.weight, "text weight": concept.text_weight}
+    given |= {f"block weight {block}": weight for block, weight in blocks.items()}
+    for what, weight in given.items():
+        if weight is not None and not math.isfinite(weight):
+            raise ValueError(f"{name} has {what} {weight:g}: give it a number.")
+    if not any(map(concept.strength, concept.lora.layers)):
+        raise ValueError(f"{name} has weight 0 in every layer that it changes: give it another one, or leave it out.")
+
+
+def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
+    """A merge with no layers yet, its concepts' words under names that no two of them share."""
+    result = Merge(concepts[0].lora.family, [], settings)
+    renames = distinct([bundled(concept.lora) for concept in concepts])
+    for concept, renamed in zip(concepts, renames, strict=True):
+        result.concepts.append(concept.with_words(renamed))
+        result.words |= bundled(result.concepts[-1].lora)
+        for old, new in renamed.items():
+            result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
+    return result
+
+
+def by_closed_form(name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device) -> Statistics:
     """The usual fit of a layer."""
-    return Statistics(module.weight[0].numel(), changes, device=device)
+    return Statistics(width(changes), changes, device=device)
 
 
 def merge(
@@ -200,9 +276,12 @@ def merge(
     """
     settings = settings or Settings()
     check(host, concepts)
-    result = Merge(host.family, list(concepts), settings)
-    with host.session():
+    result = begun(concepts, settings)
+    concepts = result.concepts
+    with host.session(), ExitStack() as stack:
         run = _Run(host, concepts, settings, progress, fit)
+        if result.words:
+            stack.enter_context(host.words(result.words))
         run.fit_text()
         run.fit_cross_attention()
         result.seconds["text"] = run.lap()
@@ -241,20 +320,21 @@ class _Run:
         self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
-        self.asked: list[Changes] = [
-            *(capture.changes_of(concept.lora, live, concept.weight, concept.text_weight) for concept in concepts),
-            {},
-        ]
         self.texts = [
             *(prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts),
             list(settings.neutral_prompts),
+        ]
+        self.asked: list[Changes] = [
+            *(self.changes(concept, texts, live) for concept, texts in zip(concepts, self.texts, strict=False)),
+            {},
         ]
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
         self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.statistics: dict[str, Statistics] = {}
+        self.statistics: dict[str, Statistics | NormStatistics] = {}
+        self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
@@ -269,6 +349,11 @@ class _Run:
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
+
+    def changes(self, concept: Concept, texts: list[str], live: Mapping[str, nn.Module]) -> Changes:
+        """What a concept asks for, with one context for all layers."""
+        changes = concept.changes(live)
+        return folded(self.host, live, concept.lora, changes, texts) if concept.lora.layer_embeddings else changes
 
     def tick(self, stage: str, work: float = 0.0) -> None:
         """Tell the progress; it may raise Cancelled."""
@@ -370,31 +455,38 @@ class _Run:
             self.statistics |= self.begun(names)
         concepts = len(self.asked) - 1
         weight = 1.0 if place < concepts else self.settings.anchor * concepts
-        if weight:
-            for name in names:
-                self.statistics[name].add(place, rows.float(), weight)
+        for name in names if weight else ():
+            # The 1 that a change of bias is multiplied by, if any concept changes this layer's bias.
+            own = F.pad(rows, (0, self.inputs[name] - rows.shape[-1]), value=1.0)
+            self.statistics[name].add(place, own.float(), weight)
 
-    def begun(self, names: list[str]) -> dict[str, Statistics]:
-        """Empty statistics of layers that read the same rows: they share one Gram matrix."""
-        device = self.host.device
-        fits = {
-            name: self.fit(name, self.modules[name], [asked.get(name) for asked in self.asked], device)
-            for name in names
-        }
-        first, *others = fits.values()
-        if isinstance(first, Statistics):
-            if device.type == "cuda" and scarce(device):
-                first.rest("cpu")
-            for other in others:
-                other.share(first)
-        return fits
+    def begun(self, names: list[str]) -> dict[str, Statistics | NormStatistics]:
+        """Empty statistics of layers that read the same rows: they share one Gram matrix, if it is over as many."""
+        device, sums = self.host.device, {}
+        for name in names:
+            asked, module = aligned([asked.get(name) for asked in self.asked]), self.modules[name]
+            self.inputs[name] = width(asked)
+            if isinstance(module, NORMS):
+                sums[name] = NormStatistics(self.inputs[name], asked, device)
+                continue
+            sums[name] = fit = self.fit(name, module, asked, device)
+            if not isinstance(fit, Statistics):
+                continue
+            first = next(one for other, one in sums.items() if self.inputs[other] == self.inputs[name])
+            if fit is not first:
+                fit.share(first)
+            elif device.type == "cuda" and scarce(device):
+                fit.rest("cpu")
+        return sums
 
     def solve(self, stage: str) -> None:
         """The closed form of every layer watched since the last time, at the rank that was asked for."""
         self.tick(stage)
         for name, statistics in self.statistics.items():
             up, down = statistics.solve(self.settings.ridge)
-            if self.settings.rank is not None:
+            if isinstance(statistics, NormStatistics):
+                pass  # has no rank
+            elif self.settings.rank is not None:
                 up, down = truncate(up, down, self.settings.rank, statistics.gram)
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
@@ -410,22 +502,26 @@ class _Run:
         shares = [1.0] * concepts + [self.settings.neutral * concepts]
         shares += [self.settings.binding * concepts / len(self.joint)] * len(self.joint) if self.joint else []
         banks = [*self.banks, *self.joint]
-        self.merged = polish(
-            self.host, self.modules, self.merged, banks, shares, steps, self.rows, self.settings.seed,
-            lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-            1 if self.size > LARGE else None,
-        )  # fmt: skip
+        # Norm layers take part as they are: they have no factors.
+        norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
+        factors = {name: pair for name, pair in self.merged.items() if name not in norms}
+        if factors:
+            with capture.applied(self.modules, norms):
+                factors = polish(
+                    self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
+                    lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+                    1 if self.size > LARGE else None,
+                )  # fmt: skip
+        self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
 
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""
         layers = {}
-        for name, (up, down) in self.merged.items():
-            module = self.modules[name]
-            up, down = truncate(up.cpu(), down.cpu())
-            conv = isinstance(module, nn.Conv2d)
-            kernel = tuple(module.kernel_size) if conv else (1, 1)
-            layers[name] = Layer(up, down, float(up.shape[1]), conv, kernel)
+        for name, factors in self.merged.items():
+            up, down = (factor.cpu() for factor in factors)
+            factors = (up, down) if up.ndim == 1 else truncate(up, down)
+            layers[name] = layer_of(factors, self.modules[name].weight.shape)
         return layers
 
 
@@ -435,7 +531,7 @@ _OPEN_CLIP_ATTENTION: dict[Family, str] = {
 }
 
 
-def with_whole_attention(layers: Mapping[str, Layer], family: Family) -> dict[str, Layer]:
+def with_whole_attention(layers: Mapping[str, Layer | Norm], family: Family) -> dict[str, Layer | Norm]:
     """The layers, and zeros for what an attention of OpenCLIP lacks: the webui takes q, k, v and out together only."""
     whole = dict(layers)
     for name, layer in layers.items():
@@ -446,19 +542,39 @@ def with_whole_attention(layers: Mapping[str, Layer], family: Family) -> dict[st
     return whole
 
 
-def write(merge: Merge, path: str | Path, dtype: torch.dtype = torch.float16, overwrite: bool = False) -> Path:
+#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
+MOST_BUNDLED = 12
+
+
+def write(
+    merge: Merge,
+    path: str | Path,
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+    bundle: bool = True,
+) -> Path:
     """Write the merged LoRA with metadata and sidecar.
 
+    Its words are bundled, unless `bundle` is off or they make more keys than Forge allows: then each is a file of its
+    own, in a folder beside the LoRA, for the webui's folder of embeddings, and `merge.notes` says so.
+
     Raises:
-        FileExistsError: the file is there and `overwrite` is not set.
+        FileExistsError: a file is there and `overwrite` is not set.
     """
     path = Path(path)
-    sources = [concept.lora.name for concept in merge.concepts]
-    triggers = [concept.trigger for concept in merge.concepts]
+    loras = [concept.lora for concept in merge.concepts]
+    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
     layers = with_whole_attention(merge.layers, merge.family)
-    metadata = files.lora_metadata(merge.family, layers, sources, triggers, merge.recipe())
-    files.save(path, layers, metadata, dtype, overwrite)
+    metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
+    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
+    if merge.words and not bundle and (overwrite or not path.exists()):
+        folder = path.with_name(f"{path.stem} embeddings")
+        files.save_embeddings(folder, merge.words, overwrite)
+        merge.notes.append(
+            f"Move the files in {folder.name} into the webui's folder of embeddings: the prompt uses them."
+        )
+    files.save(path, layers, metadata, dtype, overwrite, merge.words if bundle else None)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
-    files.write_sidecar(path, merge.triggers, merge.family, notes)
+    files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
     return path

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraclr import merging
-from loraclr.baselines import arithmetic, blocks
+from loraclr.baselines import arithmetic
 from loraclr.baselines.fitting import by_gradient_fusion, by_reference
-from loraclr.capture import Changes, is_text
+from loraclr.changes import Changes, aligned, factors_of, layer_of
 from loraclr.factor import decompose, truncate
+from loraclr.formats import Layer
+from loraclr.formats.change import in_words
 from loraclr.hosts import Host
-from loraclr.lora import Layer, LoRA
+from loraclr.keys import kernel
+from loraclr.lora import LoRA
 from loraclr.merging import Concept, Fit, Merge, Progress, Settings
-from loraclr.solve import Change
+from loraclr.solve import Factors
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,12 @@ class Options:
         density: share of the entries that ties, dare and magnitude-prune keep.
         scale: the merged change times this.
         seed: of what dare drops.
-        blocks: for each LoRA its block weights (see `loraclr.baselines.blocks`), or None; empty: none has any.
     """
 
     rank: int | None = None
     density: float = 0.5
     scale: float = 1.0
     seed: int = 0
-    blocks: tuple[tuple[float, ...] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Layerwise:
 
 
 #: The changes that LoRAs make to one layer → the merged one, as factors or dense (o, d).
-Arithmetic = Callable[[Sequence[Change], Layerwise], Change | Tensor]
+Arithmetic = Callable[[Sequence[Factors], Layerwise], Factors | Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,15 @@ def merge(
 
 
 def combine(
-    concepts: Sequence[Concept], method: str, options: Options | None = None, progress: Progress = lambda *_: None
+    concepts: Sequence[Concept],
+    method: str,
+    options: Options | None = None,
+    progress: Progress = lambda *_: None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Merge:
     """Merge by weights alone: no model is needed, nor trigger words. One layer is dense at a time.
+
+    modules: a model's layers by canonical name, for kinds of LoRA whose change depends on the model's weights.
 
     Raises:
         ValueError: see `check`, or the method cannot merge these LoRAs; one sentence.
@@ -146,30 +153,37 @@ def combine(
         raise ValueError(f"The method {method} looks at the model: give a checkpoint.")
     if method == "concat" and options.rank is not None:
         raise ValueError("The method concat keeps every rank: choose svd to limit it.")
-    check(concepts)
+    check(concepts, modules)
     started = time.monotonic()
-    result = Merge(concepts[0].lora.family, list(concepts), options, method=method)
-    generator = torch.Generator().manual_seed(options.seed)
-    changes = _asked(concepts, options)
-    whole = len({name for change in changes for name in change})
-    for place, (name, present) in enumerate(_by_layer(changes)):
-        progress("Merging layers", place / whole, None)
+    result = merging.begun(concepts, options)
+    result.method, concepts = method, result.concepts
+    for concept in concepts:
+        if concept.lora.layer_embeddings:
+            words = ", ".join(concept.lora.layer_embeddings)
+            result.notes.append(
+                f"Of {concept.lora.name}'s embeddings of {words} for single layers only the mean is kept: the method "
+                "loraclr keeps all."
+            )
+    layerwise = Layerwise(options, len(concepts), torch.Generator().manual_seed(options.seed))
+    names = list(dict.fromkeys(name for concept in concepts for name in concept.lora.layers if concept.strength(name)))
+    for place, name in enumerate(names):
+        progress("Merging layers", place / len(names), None)
+        weight = None if modules is None else modules[name].weight
+        there = [concept for concept in concepts if name in concept.lora.layers and concept.strength(name)]
+        present = [factors_of(one.lora.layers[name], one.strength(name), weight) for one in there]
+        shape = _shape(name, [concept.lora for concept in there]) if weight is None else tuple(weight.shape)
         try:
-            merged = chosen.arithmetic(present, Layerwise(options, len(concepts), generator))
+            merged = _merged(chosen, aligned(present), layerwise)
         except ValueError as error:
             raise ValueError(f"The method {method} cannot merge these LoRAs: in {name}, {error}") from error
-        up, down = _cut(merged, options.scale, _rank(method, options, present))
-        like = next(concept.lora.layers[name] for concept in concepts if name in concept.lora.layers)
-        result.layers[name] = Layer(up, down, float(up.shape[1]), like.conv, like.kernel)
-    if not result.layers:
-        raise ValueError("Every block weight is 0, so nothing is left to merge: give one that is not.")
+        result.layers[name] = layer_of(merged, shape)
     result.seconds["merge"] = time.monotonic() - started
     progress("Done", 1.0, 0.0)
     return result
 
 
-def check(concepts: Sequence[Concept]) -> None:
-    """Refuse LoRAs that do not belong together, as far as their files tell.
+def check(concepts: Sequence[Concept], modules: Mapping[str, nn.Module] | None = None) -> None:
+    """Refuse LoRAs that do not belong together, as far as their files and, if it is given, the model tell.
 
     Raises:
         ValueError: one sentence that names the LoRA and says what to do.
@@ -177,22 +191,23 @@ def check(concepts: Sequence[Concept]) -> None:
     if not concepts:
         raise ValueError("No LoRA is chosen: choose at least one.")
     check_family([concept.lora for concept in concepts])
-    first: dict[str, tuple[str, tuple[int, int]]] = {}
+    first: dict[str, tuple[str, tuple[int | None, int | None]]] = {}
     for concept in concepts:
-        if not math.isfinite(concept.weight) or concept.weight == 0:
-            raise ValueError(f"{concept.lora.name} has weight {concept.weight}: give it a number other than 0.")
+        merging.check_weights(concept)
+        if modules is not None:
+            merging.check_layers(concept.lora, modules)
+            continue
         for name, layer in concept.lora.layers.items():
-            if not isinstance(layer, Layer):
+            if layer.needs_base:
                 raise ValueError(
-                    f"{concept.lora.name} holds {layer.format} layers ({name}), and by weights alone only plain LoRAs "
-                    "can be merged: use the method loraclr, with a checkpoint."
+                    f"What {concept.lora.name} changes depends on the model ({name}, {layer.format}): give the "
+                    "checkpoint that it is for."
                 )
-            shape = layer.size
-            other, known = first.setdefault(name, (concept.lora.name, shape))
-            if shape != known:
+            other, known = first.setdefault(name, (concept.lora.name, layer.size))
+            if layer.size != known:
                 raise ValueError(
-                    f"{concept.lora.name} does not fit {other}: its {name} is {shape[0]}×{shape[1]}, the other's "
-                    f"{known[0]}×{known[1]}; they were made for different models."
+                    f"{concept.lora.name} does not fit {other}: its {name} is {in_words(layer.size)}, the other's "
+                    f"{in_words(known)}; they were made for different models."
                 )
 
 
@@ -210,47 +225,32 @@ def check_family(loras: Sequence[LoRA]) -> None:
             )
 
 
-def _asked(concepts: Sequence[Concept], options: Options) -> list[Changes]:
-    """Each LoRA's changes at its strength, and its blocks at theirs."""
-    asked = []
-    weights = options.blocks or (None,) * len(concepts)
-    for concept, numbers in zip(concepts, weights, strict=True):
-        changes = plain(concept.lora, concept.weight, concept.text_weight)
-        if numbers is not None:
-            try:
-                changes = blocks.weighted(changes, blocks.weights_of(numbers, concept.lora.family))
-            except ValueError as error:
-                raise ValueError(f"{concept.lora.name}: {error}") from error
-        asked.append(changes)
-    return asked
-
-
-def plain(lora: LoRA, weight: float = 1.0, text_weight: float | None = None) -> Changes:
-    """The factors of a LoRA of plain layers at a strength, as `capture.changes_of` gives them, without a model."""
-    strength = {False: weight, True: weight if text_weight is None else text_weight}
-    return {
-        name: (layer.up * (layer.scale * strength[is_text(name)]), layer.down) for name, layer in lora.layers.items()
-    }
-
-
-def _by_layer(changes: Sequence[Changes]) -> Iterator[tuple[str, list[Change]]]:
-    for name in dict.fromkeys(name for change in changes for name in change):
-        yield name, [change[name] for change in changes if name in change]
-
-
-def _rank(method: str, options: Options, present: Sequence[Change]) -> int:
-    ranks = [down.shape[0] for _, down in present]
-    return options.rank or (max(ranks) if method == "svd" else sum(ranks))
-
-
-def _cut(merged: Change | Tensor, scale: float, rank: int) -> Change:
-    """Factors of at most `rank`; those of a sum that fits are left as they are."""
+def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> Factors:
+    """One layer's changes merged, at the scale and rank asked for."""
+    options = layer.options
+    if present[0][0].ndim == 1:  # a norm layer: has no inputs to be looked at or cut
+        share = options.scale / (layer.count if method.name == "average" else 1)
+        scales, shifts = zip(*present, strict=True)
+        return share * torch.stack(scales).sum(0), share * torch.stack(shifts).sum(0)
+    merged, ranks = method.arithmetic(present, layer), [down.shape[0] for _, down in present]
+    most = min(present[0][0].shape[0], present[0][1].shape[1])
+    rank = options.rank or min(max(ranks) if method.name == "svd" else sum(ranks), most)
     if isinstance(merged, Tensor):
-        return decompose(scale * merged, rank)
-    up, down = scale * merged[0], merged[1]
+        return decompose(options.scale * merged, rank)
+    up, down = options.scale * merged[0], merged[1]
     return (up, down) if down.shape[0] <= rank else truncate(up, down, rank)
+
+
+def _shape(name: str, loras: Sequence[LoRA]) -> tuple[int, ...]:
+    """The shape of a layer's weight, from the files that change it."""
+    layers = [lora.layers[name] for lora in loras]
+    plain = [layer for layer in layers if isinstance(layer, Layer)]  # the others' files do not tell the kernel
+    size = (plain[0].kernel if plain[0].conv else None) if plain else kernel(name, loras[0].family)
+    outputs, inputs = layers[0].size
+    return (outputs, inputs) if size is None else (outputs, inputs // prod(size), *size)
 
 
 def stacked(changes: Sequence[Changes]) -> Changes:
     """All LoRAs at once, as stacking them in the prompt does: the exact sum of every layer."""
-    return {name: arithmetic.concat(present) for name, present in _by_layer(changes)}
+    names = dict.fromkeys(name for change in changes for name in change)
+    return {name: arithmetic.concat([change[name] for change in changes if name in change]) for name in names}

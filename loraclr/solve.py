@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Change = tuple[Tensor, Tensor]
+#: A change of weight as up (o, r) and down (r, d); a norm layer's is what is added to its weight and bias, both (n,).
+Factors = tuple[Tensor, Tensor]
 
 
 class Statistics:
@@ -31,7 +32,7 @@ class Statistics:
     def __init__(
         self,
         width: int,
-        changes: Sequence[Change | None],
+        changes: Sequence[Factors | None],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -66,7 +67,7 @@ class Statistics:
             if down is not None:
                 self.crosses[concept].addmm_(down @ rows.T, rows, alpha=weight)
 
-    def solve(self, ridge: float = 1e-3) -> Change:
+    def solve(self, ridge: float = 1e-3) -> Factors:
         """The factors (o, Σr_i) and (Σr_i, d) of the merged change; see `closed_form`."""
         ups = [up for up in self.ups if up is not None]
         crosses = [cross for cross in self.crosses if cross is not None]
@@ -94,6 +95,45 @@ class Statistics:
         pairs = zip(self.ups, self.crosses, strict=True)
         shared = sum(((up.T @ b).double() * (down @ c.T).double()).sum() for b, c in pairs if b is not None)
         return max(0.0, float(own - 2 * shared) + self.target_energy())
+
+
+class NormStatistics:
+    """Running sums over what a norm layer has normalised, x̂, for the change of its weight γ and bias β.
+
+    y = (γ + Δγ) x̂ + β + Δβ mixes no channels, so the same least squares as in `Statistics` has two unknowns for each
+    channel. changes: per concept (Δγ_i, Δβ_i), both (n,), or None.
+    """
+
+    def __init__(self, width: int, changes: Sequence[Factors | None], device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(width, 2, 2, device=device)
+        self.cross = torch.zeros(width, 2, device=device)
+        self.changes = [None if change is None else torch.stack(change, 1).to(self.cross) for change in changes]
+
+    def add(self, concept: int, rows: Tensor, weight: float = 1.0) -> None:
+        """Add x̂ (..., n) of this concept, each counted `weight` times."""
+        rows = rows.reshape(-1, len(self.cross)).to(self.cross)
+        total = rows.sum(0)
+        sums = torch.stack([rows.square().sum(0), total, total, torch.full_like(total, len(rows))], 1)
+        gram = weight * sums.view(-1, 2, 2)
+        self.gram += gram
+        change = self.changes[concept]
+        if change is not None:
+            self.cross += (gram * change[:, None]).sum(-1)
+
+    def solve(self, ridge: float = 1e-3) -> Factors:
+        """Δγ and Δβ of the merge, (n,) each."""
+        device = float64_device(self.gram.device)
+        system, cross = self.gram.to(device, torch.float64), self.cross.to(device, torch.float64)
+        mean = system.diagonal(dim1=1, dim2=2).mean(1)
+        system = system + ridge * torch.diag_embed(mean[:, None].expand(-1, 2))
+        # A channel that was never seen, or always the same, has no inverse.
+        scale, shift = (torch.linalg.pinv(system, hermitian=True) @ cross[:, :, None])[:, :, 0].to(self.cross).unbind(1)
+        return scale, shift
+
+
+def width(changes: Sequence[Factors | None]) -> int:
+    """Inputs of the layer that the changes are for, the 1 of a bias among them."""
+    return next(change[1].shape[-1] for change in changes if change is not None)
 
 
 def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:

@@ -29,6 +29,13 @@ def lora(path: Path, width: int = 4, trigger: str = "", names: tuple[str, ...] =
     return files.save(path, layers, {"modelspec.trigger_phrase": trigger} if trigger else {})
 
 
+def dora(path: Path) -> Path:
+    """A small DoRA: what it changes depends on the base weight."""
+    tensors = {f"{UNET}.lora_{side}.weight": torch.ones(*size) for side, size in (("up", (4, 2)), ("down", (2, 4)))}
+    save_file(tensors | {f"{UNET}.dora_scale": torch.full((4, 1), 3.0)}, path)
+    return path
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two LoRAs, one of them with a trigger of its own, and something that looks like a checkpoint."""
@@ -48,7 +55,10 @@ class Tiny:
     family, device, size = "sd1", torch.device("cpu"), 64
 
     def layers(self) -> dict[str, torch.nn.Module]:
-        return {TEXT: torch.nn.Linear(4, 4), UNET: torch.nn.Linear(4, 4)}
+        modules = {TEXT: torch.nn.Linear(4, 4), UNET: torch.nn.Linear(4, 4)}
+        for module in modules.values():
+            torch.nn.init.constant_(module.weight, 0.5)
+        return modules
 
 
 @pytest.fixture
@@ -108,9 +118,9 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, "--trigger", "again", *OUT], "--trigger is given twice for a.safetensors"),
             (["--lora", "a.safetensors", *OUT], "a.safetensors does not say which words call it"),
             (["--lora", "a.safetensors", "--trigger", " ", *OUT], "a.safetensors does not say which words call it"),
-            ([*A, "--weight", "0", *OUT], "a.safetensors has weight 0"),
-            ([*A, "--weight", "nan", *OUT], "a.safetensors has weight nan"),
-            ([*A, "--text-weight", "inf", *OUT], "a.safetensors has text weight inf"),
+            ([*A, "--weight", "0", *OUT], "a has weight 0"),
+            ([*A, "--weight", "nan", *OUT], "a has weight nan"),
+            ([*A, "--text-weight", "inf", *OUT], "a has text weight inf"),
             ([*A, "--weight", "much", *OUT], "invalid float value: 'much'"),
             ([*A, "--kind", "thing", *OUT], "invalid choice: 'thing'"),
             ([*A, "--rank", "0", *OUT], "invalid positive whole number value: '0'"),
@@ -124,9 +134,11 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, *OUT, "--method", "sum", "--density", "0.3"], "--density means nothing to --method sum"),
             ([*A, *OUT, "--method", "ties", "--density", "0"], "invalid share above 0 and up to 1 value: '0'"),
             ([*A, *OUT, "--method", "concat", "--rank", "2"], "--rank means nothing to --method concat"),
-            ([*A, "--blocks", "1,1", *OUT], "--blocks means nothing to --method loraclr"),
-            ([*A, "--blocks", "1,x", *OUT, "--method", "sum"], "invalid list of numbers"),
-            ([*A, "--blocks", "1,1", *OUT, "--method", "sum"], "a: 2 block weights are given, but SD1 has 17 or 26"),
+            ([*A, "--weight", "0", "--text-weight", "0", *OUT], "a has weight 0"),
+            ([*A, "--blocks", "OUT12=1", *OUT], "a.safetensors: 'OUT12' is no block"),
+            ([*A, "--blocks", "1,x", *OUT, "--method", "sum"], "a.safetensors: 'x' is no block weight"),
+            ([*A, "--blocks", "1,1", *OUT], "a.safetensors: 2 block weights were given, but SD 1.x takes 17 or 26"),
+            ([*A, "--blocks", "0", *OUT], "a has weight 0 in every layer"),
             ([*A, *OUT, "--method", "reference"], "invalid choice: 'reference'"),
             (["--lora", "gone.safetensors", "--trigger", "x", *OUT], "gone.safetensors does not exist"),
             ([*A, *OUT[:2], "--output", "a.safetensors"], "a.safetensors is one of the files that are read"),
@@ -296,6 +308,48 @@ class TestByWeightsAlone:
         assert set(merged.layers) == {UNET}  # the text encoder's weight is 0
         torch.testing.assert_close(merged.layers[UNET].delta(), torch.full((4, 4), 4.0))
 
+    def test_a_recipe_makes_the_same_file_again(self, here: Path) -> None:
+        pair = ["--lora", "a.safetensors", "--weight", "-0.5", "--blocks", "IN01=2", "--lora", "b.safetensors"]
+        assert main(["merge", *pair, "--output", "out.safetensors", "--method", "dare-ties", "--seed", "5"]) == 0
+        assert main(["merge", "--recipe", "out.safetensors", "--output", "again.safetensors"]) == 0
+        first, again = (files.load(here / f"{name}.safetensors") for name in ("out", "again"))
+        assert first.metadata["sshs_model_hash"] == again.metadata["sshs_model_hash"]
+        recipes = [json.loads(lora.metadata["loraclr.recipe"]) for lora in (first, again)]
+        assert recipes[0] == recipes[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--recipe", "out.safetensors", *A], "--recipe says which LoRAs to merge and how: leave --lora out"),
+            (["--recipe", "out.safetensors", "--seed", "1"], "leave --seed out"),
+            (["--recipe", "a.safetensors"], "a.safetensors holds no recipe"),
+            (["--recipe", "gone.safetensors"], "gone.safetensors does not exist"),
+            (["--recipe", "changed.safetensors"], "b.safetensors is not the file that the recipe was made with"),
+            (["--recipe", "lost.safetensors"], "c.safetensors, which the recipe names, is not in"),
+            (["--recipe", "newer.safetensors"], "The recipe in newer.safetensors cannot be read"),
+        ],
+    )
+    def test_recipes_that_cannot_be_followed(self, here: Path, capsys, arguments: list[str], words: str) -> None:
+        pair = ["--lora", "a.safetensors", "--lora", "b.safetensors", "--method", "sum"]
+        assert main(["merge", *pair, "--output", "out.safetensors"]) == 0
+        recipe = json.loads(files.load(here / "out.safetensors").metadata["loraclr.recipe"])
+        entry = recipe["concepts"][1]
+        told = {
+            "changed": recipe | {"concepts": [entry | {"hash": "0"}]},
+            "lost": recipe | {"concepts": [entry | {"file": "c.safetensors"}]},
+            "newer": recipe | {"settings": {"colour": 1}},
+        }
+        for name, changed in told.items():
+            layers = files.load(here / "a.safetensors").layers
+            files.save(here / f"{name}.safetensors", layers, {"loraclr.recipe": json.dumps(changed)})
+        capsys.readouterr()
+        assert words in refused([*arguments, "--output", "again.safetensors"], here, capsys)
+
+    def test_dora_needs_a_checkpoint(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        dora(here / "dora.safetensors")
+        sentence = refused(["--lora", "dora.safetensors", *OUT[2:], "--method", "sum"], here, capsys)
+        assert "What dora changes depends on the model" in sentence and "give the checkpoint" in sentence
+
     def test_loras_of_two_shapes_are_refused(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         lora(here / "wide.safetensors", width=6)
         sentence = refused([*A, "--lora", "wide.safetensors", *OUT[2:], "--method", "ties"], here, capsys)
@@ -307,6 +361,16 @@ class TestByWeightsAlone:
             [*A, "--lora", "b.safetensors", *OUT[2:], "--method", "orthogonal"], here, capsys, progress=True
         )
         assert "cannot be made orthogonal" in sentence
+
+
+def test_a_merge_by_weights_takes_base_weights_from_a_checkpoint(here: Path, host: list[Path]) -> None:
+    dora(here / "dora.safetensors")
+    assert main(["merge", "--lora", "dora.safetensors", *OUT, "--method", "sum", "--dtype", "fp32"]) == 0
+    assert host == [Path("model.safetensors")]
+    base = torch.full((4, 4), 0.5)
+    changed = base + 2.0  # of ones(4, 2) @ ones(2, 4)
+    expected = changed * 3 / changed.norm(dim=1, keepdim=True) - base
+    torch.testing.assert_close(files.load(here / "out.safetensors").layers[UNET].delta(), expected)
 
 
 def test_options_belong_to_the_lora_before_them() -> None:
@@ -321,6 +385,14 @@ def test_options_belong_to_the_lora_before_them() -> None:
 def test_concept_takes_what_the_file_says(here: Path) -> None:
     concept = command.concept_of(command.Entry(here / "b.safetensors", weight=-0.5))
     assert (concept.trigger, concept.weight, concept.text_weight, concept.kind) == ("zyk", -0.5, None, "subject")
+    assert concept.blocks is None
+
+
+def test_concept_takes_weights_of_unet_text_encoder_and_blocks(here: Path) -> None:
+    concept = command.concept_of(command.Entry(here / "b.safetensors", None, 0.0, 2.5, blocks="BASE=-2"))
+    assert (concept.strength(UNET), concept.strength(TEXT)) == (0, -5)
+    concept = command.concept_of(command.Entry(here / "b.safetensors", None, -3.0, blocks="IN01=0.5"))
+    assert (concept.strength(UNET), concept.strength(TEXT)) == (-1.5, -3)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraclr import embeddings
 from loraclr.lora import parse
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -64,3 +65,16 @@ def test_what_is_no_word_of_the_family_is_said_by_name(key, tensor):
 def test_onetrainers_output_vectors_do_not_hide_its_words():
     lora = lora_with({"bundle_emb.zyk.clip_l": torch.ones(1, 768), "bundle_emb.zyk.clip_l_out": torch.ones(1, 768)})
     assert lora.embeddings["zyk"].keys() == {"clip_l"} and lora.unused == ("bundle_emb.zyk.clip_l_out",)
+
+
+def test_equal_names_of_different_words_get_numbers():
+    one, two, three = ({"clip_l": torch.full((1, 768), float(k))} for k in range(3))
+    sources = [{"zyk": one, "a.b": one}, {"zyk": two}, {"zyk": one}, {"zyk": three, "zyk_2": three}]
+    renamed = embeddings.distinct(sources)
+    assert renamed == [{"a.b": "a_b"}, {"zyk": "zyk_2"}, {}, {"zyk": "zyk_3"} | {"zyk_2": "zyk_2_2"}]
+
+
+def test_words_in_a_text_are_renamed_as_whole_words():
+    assert embeddings.in_text("a zyk, zyks and <zyk>", {"zyk": "zyk_2"}) == "a zyk_2, zyks and <zyk_2>"
+    assert embeddings.in_text("a zyk_2", {"zyk": "zyk_2"}) == "a zyk_2"
+    assert embeddings.in_text("a <p1> <p2>", {"<p1>": "<p1>_2"}) == "a <p1>_2 <p2>"

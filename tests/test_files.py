@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -14,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraclr import files
-from loraclr.lora import Layer, LoRAFormatError
+from loraclr.formats import Norm
+from loraclr.lora import Layer, LoRA, LoRAFormatError
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+CROSS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
 
@@ -34,7 +37,13 @@ def layers():
 
 
 def metadata(family="sd1"):
-    return files.lora_metadata(family, layers(), ["one", "two"], ["zyk cat", "sks"], {"ridge": 1e-3})
+    return files.lora_metadata(family, layers(), sources(), ["zyk cat", "sks"], {"ridge": 1e-3})
+
+
+def sources():
+    tags = {"ss_tag_frequency": json.dumps({"10_cat": {"fur ": 3, "zyk": 5}})}
+    more = {"ss_tag_frequency": json.dumps({"10_cat": {"fur": 2}, "1_dog": {"tail": 1}, "odd": 3})}
+    return [LoRA(name, None, "sd1", {}, told) for name, told in (("one", tags), ("two", more), ("three", {}))]
 
 
 @pytest.fixture
@@ -63,6 +72,29 @@ def test_the_file_has_kohyas_keys_and_shapes_and_nothing_else(saved):
     assert tensors[f"{CONV}.lora_up.weight"].shape == (8, 3, 1, 1)
     assert tensors[f"{CONV}.lora_down.weight"].shape == (3, 4, 3, 3)
     assert tensors[f"{LINEAR}.alpha"].shape == ()
+
+
+def test_biases_and_norm_layers_are_written_as_the_webui_reads_them(tmp_path):
+    """It takes diff_b beside a diff only, and a norm layer with both of its tensors only."""
+    biased = {
+        LINEAR: replace(layers()[LINEAR], bias=random(8)),
+        CONV: replace(layers()[CONV], bias=random(8)),
+        "lora_unet_conv_norm_out": Norm(random(8)),
+        TEXT: layers()[TEXT],
+    }
+    path = files.save(tmp_path / "x.safetensors", biased, files.lora_metadata("sd1", biased, [], [], {}), torch.float32)
+    tensors = safetensors.torch.load_file(path)
+    suffixes = {name: {key.split(".", 1)[1] for key in tensors if key.startswith(name + ".")} for name in biased}
+    plain = {"lora_up.weight", "lora_down.weight", "alpha"}
+    norm = {"w_norm", "b_norm"}
+    assert list(suffixes.values()) == [{"diff", "diff_b"}, {"diff", "diff_b"}, norm, plain]
+    assert tensors[f"{CONV}.diff"].shape == (8, 4, 3, 3)
+    lora = files.load(path)
+    for name, layer in biased.items():
+        torch.testing.assert_close(lora.layers[name].delta(), layer.delta())
+        if layer.bias is not None:
+            torch.testing.assert_close(lora.layers[name].bias, layer.bias)
+    assert (lora.metadata["ss_network_module"], lora.metadata["ss_network_dim"]) == ("lycoris.kohya", "2")
 
 
 def test_diffusers_reads_the_same_change_from_the_file(saved):
@@ -113,14 +145,51 @@ def test_metadata_tells_a1111_and_forge_the_family(family, version, v2, architec
 def test_metadata_is_complete_and_all_text(saved):
     told = files.load(saved).metadata
     assert all(isinstance(value, str) for value in told.values())
-    assert told["modelspec.merged_from"] == "one, two"
+    assert told["modelspec.merged_from"] == "one, two, three"
     assert told["modelspec.trigger_phrase"] == "zyk cat, sks"
     assert told["ss_output_name"] == told["modelspec.title"] == "merged"
     assert (told["ss_network_module"], told["ss_network_dim"]) == ("networks.lora", "Dynamic")
     tags = json.loads(told["ss_tag_frequency"])
     assert all(isinstance(count, int) for folder in tags.values() for count in folder.values())
-    assert tags == {"merge": {"zyk cat": 1, "sks": 1}}
+    assert tags == {"merge": {"zyk cat": 1, "sks": 1}, "10_cat": {"fur": 5, "zyk": 5}, "1_dog": {"tail": 1}}
     assert json.loads(told["loraclr.recipe"]) == {"ridge": 1e-3}
+
+
+def test_the_hash_of_a_file_is_the_one_in_its_metadata_and_of_others_that_of_the_bytes(saved):
+    assert files.model_hash(saved) == files.load(saved).metadata["sshs_model_hash"]
+    other = saved.with_suffix(".pth")
+    other.write_bytes(b"abc")
+    assert files.model_hash(other) == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("family", "encoders"),
+    [
+        ("sd1", {"clip_l": (2, 768)}),
+        ("sd2", {"clip_h": (1, 1024)}),
+        ("sdxl", {"clip_l": (1, 768), "clip_g": (1, 1280)}),
+    ],
+)
+def test_words_are_bundled_as_the_webui_reads_them_or_are_files_of_their_own(tmp_path, family, encoders):
+    """The webui takes one tensor under any name, or two called clip_l and clip_g."""
+    words = {"<zyk>": {encoder: random(*shape) for encoder, shape in encoders.items()}}
+    width = {"sd1": 768, "sd2": 1024, "sdxl": 2048}[family]
+    name = {"sdxl": "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"}.get(family, CROSS)
+    cross = {name: Layer(random(4, 1), random(1, width), 1.0)}
+    path = files.save(tmp_path / "x.safetensors", cross, {}, torch.float32, words=words)
+    keys = {key for key in safetensors.torch.load_file(path) if key.startswith("bundle_emb.<zyk>.")}
+    rests = {"emb_params"} if len(encoders) == 1 else set(encoders)
+    assert keys == {f"bundle_emb.<zyk>.{rest}" for rest in rests}
+    lora = files.load(path)
+    assert lora.family == family and lora.unused == ()
+    for encoder, vectors in words["<zyk>"].items():
+        assert torch.equal(lora.embeddings["<zyk>"][encoder], vectors)
+    (alone,) = files.save_embeddings(tmp_path / "words", words)
+    assert alone.name == "<zyk>.safetensors" and safetensors.torch.load_file(alone).keys() == rests
+    with pytest.raises(FileExistsError, match="exists already"):
+        files.save_embeddings(tmp_path / "words", words)
+    with pytest.raises(ValueError, match="The word a/b cannot be the name"):
+        files.save_embeddings(tmp_path / "words", {"a/b": words["<zyk>"]})
 
 
 def test_equal_ranks_and_alphas_are_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr import files
+from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
@@ -64,6 +66,75 @@ def test_layers_of_every_kind_merge_to_themselves_from_the_live_weights() -> Non
     assert not torch.allclose(predictions(host, {}, "a photo of a sks"), wanted, atol=0.02)
 
 
+MID = "lora_unet_mid_block_attentions_0"
+
+
+def lora_with_biases_and_norms(host: ToyHost, name: str, seed: int) -> LoRA:
+    """Every kind of change of bias and of norm layers, beside ordinary layers."""
+    random = torch.Generator().manual_seed(seed)
+    lora = toy_lora(host, name, seed)
+    vector = [torch.randn(8, generator=random) * 0.3 for _ in range(6)]
+    four = torch.randn(4, generator=random) * 0.3
+    return replace(
+        lora,
+        layers={
+            "lora_te_text_model_encoder_layers_0_mlp_fc1": Bias(bias=vector[0]),
+            f"{MID}_transformer_blocks_0_attn2_to_k": lora.layers[f"{MID}_transformer_blocks_0_attn2_to_k"],
+            f"{MID}_transformer_blocks_0_ff_net_2": replace(
+                lora.layers[f"{MID}_transformer_blocks_0_ff_net_2"], bias=vector[1]
+            ),
+            f"{MID}_proj_out": replace(lora.layers[f"{MID}_proj_out"], bias=four),
+            f"{MID}_transformer_blocks_0_norm3": Norm(vector[2], bias=vector[3]),
+            f"{MID}_norm": Norm(vector[4]),
+        },
+    )
+
+
+def written(host: ToyHost, lora: LoRA, strength: float) -> ToyHost:
+    """A copy of the host with the LoRA written into its weights and biases."""
+    changed = copy.deepcopy(host)
+    for name, module in changed.layers().items():
+        if name in lora.layers:
+            module.weight.data += strength * lora.layers[name].delta(module.weight)
+        if name in lora.layers and lora.layers[name].bias is not None:
+            module.bias.data += strength * lora.layers[name].bias_delta(module.bias)
+    return changed
+
+
+def test_biases_and_norm_layers_merge_to_themselves() -> None:
+    host = ToyHost(norms=True)
+    lora = lora_with_biases_and_norms(host, "one", 1)
+    result = merge(host, [Concept(lora, "sks", weight=0.7)], CLOSED)
+    assert result.layers.keys() == lora.layers.keys()
+    merged = replace(lora, layers=result.layers)
+    prompt = "a photo of a sks"
+    wanted = predictions(written(host, lora, 0.7), {}, prompt)
+    torch.testing.assert_close(predictions(host, changes_of(lora, host.layers(), 0.7), prompt), wanted)
+    torch.testing.assert_close(predictions(written(host, merged, 1.0), {}, prompt), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        predictions(host, changes_of(merged, host.layers()), prompt), wanted, rtol=1e-3, atol=1e-3
+    )
+    assert not torch.allclose(predictions(host, {}, prompt), wanted, atol=0.02)
+
+
+def test_loras_with_and_without_biases_merge_and_polish(tmp_path) -> None:
+    host = ToyHost(norms=True)
+    before = weights(host)
+    loras = [lora_with_biases_and_norms(host, "a", 1), toy_lora(host, "b", 2)]
+    concepts = [Concept(lora, word) for lora, word in zip(loras, ("sks", "zyk"), strict=True)]
+    result = merge(host, concepts, Settings(speed="balanced", steps=4))
+    closed, polished = (sum(each) for each in zip(*result.missed.values(), strict=True))
+    assert polished < closed < len(concepts)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(host), strict=True))
+    path = write(result, tmp_path / "both.safetensors", torch.float32)
+    loaded = files.load(path)
+    assert loaded.unused == ()
+    prompt = "a photo of a sks"
+    wanted = predictions(host, changes_of(replace(loaded, layers=result.layers), host.layers()), prompt)
+    torch.testing.assert_close(predictions(written(host, loaded, 1.0), {}, prompt), wanted, rtol=1e-4, atol=1e-4)
+    assert {type(layer).__name__ for layer in loaded.layers.values()} == {"Layer", "Full", "Norm"}
+
+
 def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(monkeypatch) -> None:
     host = ToyHost()
     seen = {}
@@ -80,6 +151,21 @@ def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(m
     assert seen[name][0].shape == seen[name][1].shape == (8, 8)
     exact = merge(host, concepts, CLOSED)
     torch.testing.assert_close(result.layers[name].delta(), exact.layers[name].delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_block_weights_are_part_of_what_is_asked_for() -> None:
+    host = ToyHost()
+    lora = toy_lora(host, "one", 1)
+    concept = Concept(lora, "sks", weight=2.0, text_weight=-0.5, blocks=block_weights("BASE=0.5 M00=0.3"))
+    result = merge(host, [concept], CLOSED)
+    shares = {name: -0.25 if name.startswith("lora_te") else 0.6 for name in lora.layers}
+    asked = {name: (shares[name] * layer.scale * layer.up, layer.down) for name, layer in lora.layers.items()}
+    wanted = predictions(host, asked, "a photo of a sks")
+    merged = changes_of(replace(lora, layers=result.layers))
+    torch.testing.assert_close(predictions(host, merged, "a photo of a sks"), wanted, rtol=1e-3, atol=1e-3)
+    assert result.recipe()["concepts"][0]["blocks"]["M00"] == 0.3
+    without = merge(host, [replace(concept, blocks=block_weights("BASE=0"))], CLOSED)
+    assert without.layers.keys() == {name for name in lora.layers if not name.startswith("lora_te")}
 
 
 def test_two_loras_closer_than_base_and_than_their_sum() -> None:
@@ -190,7 +276,7 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
     biased = replace(
         good,
         name="biased",
-        layers={"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": Bias(bias=torch.ones(8))},
+        layers={"lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2": Bias(bias=torch.ones(9))},
     )
     cases = [
         ([], "choose at least one"),
@@ -199,8 +285,8 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
         ([Concept(good, "sks", weight=float("nan"))], "good has weight nan"),
         ([Concept(wide, "sks")], "wide does not fit.*9×9.*8×8"),
         ([Concept(foreign, "sks")], "foreign has layers that the loaded model lacks"),
-        ([Concept(norms, "sks")], "norms changes norm layers.*cannot be merged yet"),
-        ([Concept(biased, "sks")], "biased changes biases.*cannot be merged yet"),
+        ([Concept(norms, "sks")], "norms has layers that the loaded model lacks"),
+        ([Concept(biased, "sks")], "biased does not fit.*9 biases, the model's 8"),
         ([Concept(xl, "sks")], "xl is for SDXL, but the loaded checkpoint is SD1"),
     ]
     for concepts, sentence in cases:

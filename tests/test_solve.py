@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraclr import objective
-from loraclr.solve import Statistics, closed_form, float64_device
+from loraclr.solve import NormStatistics, Statistics, closed_form, float64_device
 
 DOUBLE = torch.float64
 
@@ -203,3 +203,27 @@ def test_layers_that_read_the_same_share_one_gram() -> None:
         torch.testing.assert_close(together.gram, apart.gram)
         for a, b in zip(apart.solve(), together.solve(), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_norm_statistics_are_least_squares_of_each_channel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    changes = [tuple(torch.randn(3, generator=generator) for _ in range(2)) for _ in range(2)]
+    rows = [torch.randn(50, 3, generator=generator) + k for k in range(3)]
+    statistics = NormStatistics(3, [*changes, None])
+    for concept, seen in enumerate(rows):
+        statistics.add(concept, seen[:20].view(2, 10, 3))
+        statistics.add(concept, seen[20:])
+    scale, shift = statistics.solve(0.0)
+    asked = [*changes, (torch.zeros(3), torch.zeros(3))]
+    for channel in range(3):
+        inputs = torch.cat([torch.stack([seen[:, channel], torch.ones(50)], 1) for seen in rows])
+        targets = torch.cat(
+            [a[channel] * seen[:, channel] + b[channel] for seen, (a, b) in zip(rows, asked, strict=True)]
+        )
+        expected = torch.linalg.lstsq(inputs, targets[:, None]).solution[:, 0]
+        torch.testing.assert_close(torch.stack([scale, shift])[:, channel], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_statistics_of_nothing_seen_are_zeros() -> None:
+    scale, shift = NormStatistics(2, [(torch.ones(2), torch.ones(2))]).solve()
+    assert torch.equal(scale, torch.zeros(2)) and torch.equal(shift, torch.zeros(2))

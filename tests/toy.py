@@ -23,6 +23,7 @@ class ToyUNet(nn.Module):
         self.inward, self.outward = nn.Conv2d(4, WIDTH, 1), nn.Conv2d(WIDTH, 4, 1)
         self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.ff = nn.Linear(WIDTH, WIDTH)
+        self.norm, self.group = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         hidden = self.inward(x * (1 + t.view(-1, 1, 1, 1) / 1000))
@@ -30,25 +31,33 @@ class ToyUNet(nn.Module):
         rows = rows + nn.functional.scaled_dot_product_attention(
             self.to_q(rows), self.to_k(context), self.to_v(context)
         )
-        rows = rows + self.ff(rows).tanh()
-        return self.outward(rows.mT.reshape(hidden.shape))
+        rows = rows + self.ff(self.norm(rows)).tanh()
+        return self.outward(self.group(rows.mT.reshape(hidden.shape)))
 
 
 class ToyHost:
-    """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings."""
+    """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings. With `norms` it has two norm layers."""
 
     family, size, target = "sd1", 64, "epsilon"
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, norms: bool = False) -> None:
         torch.manual_seed(seed)
         self.device = torch.device("cpu")
         self.alphas = torch.linspace(0.999, 0.005, 1000)
         self.unet, self.text = ToyUNet(), nn.Linear(WIDTH, WIDTH)
+        if norms:
+            self.unet.norm, self.unet.group = nn.LayerNorm(WIDTH), nn.GroupNorm(2, WIDTH)
+        self.own_words: dict[str, Tensor] = {}
         self.records: list = []
         self.drawn = 0
 
     def layers(self) -> dict[str, nn.Module]:
+        norms = {
+            "lora_unet_mid_block_attentions_0_transformer_blocks_0_norm3": self.unet.norm,
+            "lora_unet_mid_block_attentions_0_norm": self.unet.group,
+        }
         return {
+            **{name: module for name, module in norms.items() if not isinstance(module, nn.Identity)},
             "lora_te_text_model_encoder_layers_0_mlp_fc1": self.text,
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q": self.unet.to_q,
             "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": self.unet.to_k,
@@ -62,7 +71,8 @@ class ToyHost:
         for prompt in prompts:
             words = [*prompt.split()[:TOKENS], *[""] * TOKENS][:TOKENS]
             seeds = [sum((place + 1) * ord(letter) for place, letter in enumerate(word)) for word in words]
-            tokens.append(torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(s)) for s in seeds]))
+            usual = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            tokens.append(torch.stack([self.own_words.get(w, u) for w, u in zip(words, usual, strict=True)]))
         return Context(self.text(torch.stack(tokens)))
 
     def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
@@ -97,6 +107,12 @@ class ToyHost:
             self.records.remove(record)
 
     @contextmanager
+    def words(self, embeddings) -> Iterator[None]:
+        self.own_words = {word: vectors["clip_l"][0] for word, vectors in embeddings.items()}
+        yield
+        self.own_words = {}
+
+    @contextmanager
     def session(self) -> Iterator[None]:
         yield
 
@@ -106,6 +122,8 @@ def toy_lora(host: ToyHost, name: str, seed: int, rank: int = 2, size: float = 0
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for layer, module in host.layers().items():
+        if module.weight.ndim == 1:
+            continue
         o, d = module.weight.shape[:2]
         up, down = torch.randn(o, rank, generator=generator), torch.randn(rank, d, generator=generator)
         layers[layer] = Layer(up * size / rank**0.5, down / d**0.5, float(rank), module.weight.dim() == 4)

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraclr.solve import Change, float64_device
+from loraclr.solve import Factors, float64_device
 
 
-def dense(change: Change) -> Tensor:
+def dense(change: Factors) -> Tensor:
     """ΔW = up @ down, (o, d)."""
     up, down = change
     return up @ down
 
 
-def concat(changes: Sequence[Change]) -> Change:
+def concat(changes: Sequence[Factors]) -> Factors:
     """The exact sum of all ΔW_i, as factors side by side: (o, Σr) and (Σr, d). LoRAs may differ in rank.
 
     This is what LoRAs stacked in one prompt do. A strength counts once, in `up`; tools that put it on both factors, or
@@ -30,13 +30,13 @@ def concat(changes: Sequence[Change]) -> Change:
     return torch.cat([up for up, _ in changes], 1), torch.cat([down for _, down in changes], 0)
 
 
-def average(changes: Sequence[Change], of: int) -> Change:
+def average(changes: Sequence[Factors], of: int) -> Factors:
     """The sum divided by the number of LoRAs, `of`, those counted that leave this layer alone (FedAvg)."""
     up, down = concat(changes)
     return up / of, down
 
 
-def factor_sum(changes: Sequence[Change]) -> Change:
+def factor_sum(changes: Sequence[Factors]) -> Factors:
     """(Σ up_i)(Σ down_i), which several tools call a merge: it adds the cross terms up_i @ down_j nobody asked for.
 
     Raises:
@@ -99,14 +99,14 @@ def magnitude_prune(deltas: Sequence[Tensor], density: float) -> Tensor:
     return torch.stack([trim(delta, density) for delta in deltas]).sum(0)
 
 
-def overlap(changes: Sequence[Change]) -> float:
+def overlap(changes: Sequence[Factors]) -> float:
     """How much two of the LoRAs look at the same inputs: the largest cosine between their input subspaces, 0 to 1."""
     bases = [_inputs(down) for _, down in changes]
     pairs = [(a, b) for place, a in enumerate(bases) for b in bases[:place]]
     return max((float(torch.linalg.matrix_norm(a.T @ b, 2)) for a, b in pairs), default=0.0)
 
 
-def orthogonal(changes: Sequence[Change]) -> Change:
+def orthogonal(changes: Sequence[Factors]) -> Factors:
     """The sum after each LoRA is confined to inputs of its own, so that none answers to what another listens to.
 
     Orthogonal Adaptation (Po et al., CVPR 2024) trains LoRAs whose `down` are orthogonal, and adds them up; for LoRAs

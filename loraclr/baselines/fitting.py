@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr.factor import decompose
 from loraclr.objective import contrastive, delta_penalty
-from loraclr.solve import Change, Statistics, float64_device
+from loraclr.solve import Factors, Statistics, float64_device, width
 
 
-def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tensor], steps: int) -> Change:
+def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tensor], steps: int) -> Factors:
     """min over ΔW of Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² by L-BFGS from ΔW = 0 (Mix-of-Show, Gu et al., NeurIPS 2023, Eq. 5).
 
     gram: G = Σ X_iᵀX_i (d, d); ups: B_i (o, r_i); crosses: A_iG_i (r_i, d). The objective equals the one over samples.
@@ -53,22 +54,22 @@ def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tenso
 class GradientFusion(Statistics):
     """`Statistics` solved by L-BFGS, with the published number of iterations."""
 
-    def __init__(self, steps: int, width: int, changes: Sequence[Change | None], device: torch.device) -> None:
+    def __init__(self, steps: int, width: int, changes: Sequence[Factors | None], device: torch.device) -> None:
         super().__init__(width, changes, device=device)
         self.steps = steps
 
-    def solve(self, ridge: float = 0.0) -> Change:
+    def solve(self, ridge: float = 0.0) -> Factors:
         """The factors after `steps` iterations; the ridge is not used."""
         pairs = [(up, cross) for up, cross in zip(self.ups, self.crosses, strict=True) if up is not None]
         return gradient_fusion(self.gram, [up for up, _ in pairs], [cross for _, cross in pairs], self.steps)
 
 
 def by_gradient_fusion(
-    name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device
+    name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device
 ) -> GradientFusion:
     """A layer's fit as Mix-of-Show ships it: 500 iterations in the text encoder, 50 in the UNet."""
     steps = 500 if name.startswith("lora_te") else 50
-    return GradientFusion(steps, module.weight[0].numel(), changes, device)
+    return GradientFusion(steps, width(changes), changes, device)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Loop:
     rows: int = 32
 
 
-def reference(weight: Tensor, changes: Sequence[Change], inputs: Sequence[Tensor], loop: Loop) -> Tensor:
+def reference(weight: Tensor, changes: Sequence[Factors], inputs: Sequence[Tensor], loop: Loop) -> Tensor:
     """LoRACLR's own optimisation of one layer (CVPR 2025, Eq. 1-5): AdamW on a dense ΔW from 0, the best kept.
 
     weight: W (o, d); changes: ΔW_i as factors; inputs: X_i (n, d), as many for every concept. Distances are over a
@@ -117,7 +118,7 @@ class Reference:
     """Rows of every concept's inputs to one layer, and the reference loop over them."""
 
     def __init__(
-        self, loop: Loop, weight: Tensor, changes: Sequence[Change | None], device: torch.device | str
+        self, loop: Loop, weight: Tensor, changes: Sequence[Factors | None], device: torch.device | str
     ) -> None:
         self.loop, self.device = loop, torch.device(device)
         self.weight = weight.detach().flatten(1).to(device, torch.float32)
@@ -140,7 +141,7 @@ class Reference:
         rows = torch.cat([rows for kept in self.inputs for rows in kept])
         return rows.T @ rows
 
-    def solve(self, ridge: float = 0.0) -> Change:
+    def solve(self, ridge: float = 0.0) -> Factors:
         """The factors of ΔW at full rank; the ridge is not used."""
         seen = [(change, torch.cat(kept)) for change, kept in zip(self.changes, self.inputs, strict=True) if kept]
         fewest = min(len(rows) for _, rows in seen)
@@ -149,7 +150,9 @@ class Reference:
 
 
 def by_reference(
-    name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device, loop: Loop | None = None
+    name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device, loop: Loop | None = None
 ) -> Reference:
     """A layer's fit as the reference code has it."""
-    return Reference(loop or Loop(), module.weight, changes, device)
+    weight = module.weight.detach().flatten(1)
+    weight = F.pad(weight, (0, width(changes) - weight.shape[1]))  # features are taken without the bias
+    return Reference(loop or Loop(), weight, changes, device)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,12 @@ from loraclr.cli import Refused, quiet
 from loraclr.cli.progress import Line, clock
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from loraclr.hosts.standalone import Standalone
     from loraclr.merging import Concept, Merge
     from loraclr.methods import Method
+    from loraclr.recipe import Recipe
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -32,7 +34,7 @@ class Entry:
     weight: float | None = None
     text_weight: float | None = None
     kind: str | None = None
-    blocks: tuple[float, ...] | None = None
+    blocks: str | None = None
 
 
 class _NewEntry(argparse.Action):
@@ -60,10 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        help="Stable Diffusion 1.x, 2.x or XL, .safetensors or diffusers' folder; for methods that look at the model",
+        help="Stable Diffusion 1.x, 2.x or XL, .safetensors or diffusers' folder; for methods that look at the model, "
+        "and for LoRAs whose change depends on its weights, such as DoRA",
     )
     parser.add_argument("--output", type=Path, required=True, help="the LoRA file to write, .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="merge again as this merged LoRA was, from the LoRAs beside it or in the current folder",
+    )
 
     each = parser.add_argument_group("for each LoRA", "--lora begins one; the options behind it are about that one")
     each.add_argument("--lora", type=Path, action=_NewEntry, dest="entries", metavar="FILE", help="LoRA to merge")
@@ -76,12 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     each.add_argument("--text-weight", type=float, metavar="W", help="another one for the text encoder", **of_entry)
     each.add_argument("--kind", choices=["subject", "style"], help="what it is for (default: subject)", **of_entry)
-
     each.add_argument(
         "--blocks",
-        type=_numbers,
-        metavar="W,W,…",
-        help="its block weights: 17 or 26 numbers, SDXL 12 or 20",
+        metavar="WEIGHTS",
+        help="its weight in each block: 17 or 26 numbers, SDXL 12 or 20, or by name, as in OUT03=0.5,IN04-IN08=0",
         **of_entry,
     )
 
@@ -95,6 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
     )
     how.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of the file (default: fp16)")
+    how.add_argument(
+        "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
+    )
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
 
@@ -111,17 +122,9 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    numbers = tuple(float(part) for part in text.split(","))
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError
-    return numbers
-
-
 # argparse: "invalid positive whole number value: '0'"
 _rank.__name__ = "positive whole number"
 _share.__name__ = "share above 0 and up to 1"
-_numbers.__name__ = "list of numbers, comma between them,"
 
 
 def offered() -> list[Method]:
@@ -136,23 +139,42 @@ def run(args: argparse.Namespace) -> int:
     from loraclr import methods
     from loraclr.merging import Settings
 
-    method = methods.METHODS[args.method]
-    concepts = prepare(args, method)
+    told = read_recipe(args) if args.recipe else None
+    method = methods.METHODS[told.method if told else args.method]
+    concepts = prepare(args, method, told)
     if method.needs_model:
         host = prepare_host(args, concepts)
-        settings = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
+        settings = told.settings if told else Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
     else:
-        options = methods.Options(args.rank, args.density or 0.5, seed=args.seed, blocks=blocks_of(args.entries))
+        modules = prepare_modules(args, concepts)
+        options = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)
         with Line() as line, refusing():
-            merge = methods.combine(concepts, method.name, options, line)
+            merge = methods.combine(concepts, method.name, options, line, modules)
     write(merge, args)
     print(summary(merge, args.output))
     return 0
 
 
-def prepare(args: argparse.Namespace, method: Method) -> list[Concept]:
+def read_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that --recipe names, which says all that the other options would.
+
+    Raises:
+        Refused: one sentence for whatever is wrong.
+    """
+    from loraclr import recipe
+
+    usual = {"method": "loraclr", "seed": 0, "speed": None, "density": None, "rank": None, "entries": None}
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            option = "lora" if name == "entries" else name
+            raise Refused(f"--recipe says which LoRAs to merge and how: leave --{option} out.")
+    with refusing():
+        return recipe.read(args.recipe)
+
+
+def prepare(args: argparse.Namespace, method: Method, told: Recipe | None = None) -> list[Concept]:
     """What a merge needs of the user and of the files, checked, the cheapest first.
 
     Raises:
@@ -161,19 +183,26 @@ def prepare(args: argparse.Namespace, method: Method) -> list[Concept]:
     from loraclr import methods
 
     entries: list[Entry] = args.entries or []
-    if not entries:
+    if not entries and told is None:
         raise Refused("No LoRA is chosen: give at least one --lora.")
     check_options(args, method)
-    inputs = [*(entry.path for entry in entries), *([args.checkpoint] if args.checkpoint else [])]
+    inputs = [
+        *([args.recipe] if args.recipe else []),
+        *(entry.path for entry in entries),
+        *([args.checkpoint] if args.checkpoint else []),
+    ]
     check_output(args.output, inputs, args.overwrite)
     check_device(args.device)
-    if method.needs_model:
+    if args.checkpoint is not None:
         check_checkpoint(args.checkpoint)
     with refusing():
-        concepts = [concept_of(entry, method.needs_model) for entry in entries]
+        if told is None:
+            concepts = [concept_of(entry, method.needs_model) for entry in entries]
+        else:
+            concepts = told.concepts([args.recipe.parent, Path()])
         if method.needs_model:  # which of the LoRAs do not fit, the model tells better
             methods.check_family([concept.lora for concept in concepts])
-        else:
+        elif args.checkpoint is None:
             methods.check(concepts)
     return concepts
 
@@ -194,13 +223,30 @@ def prepare_host(args: argparse.Namespace, concepts: list[Concept]) -> Standalon
     return host
 
 
+def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mapping[str, nn.Module] | None:
+    """The layers of the checkpoint, if one is given, for a merge by weights: some LoRAs' changes depend on them.
+
+    Raises:
+        Refused: one sentence for whatever is wrong.
+    """
+    from loraclr import methods
+    from loraclr.hosts.standalone import open_checkpoint
+
+    if args.checkpoint is None:
+        return None
+    with refusing():
+        quiet()
+        modules = open_checkpoint(args.checkpoint, "cpu").layers()
+        methods.check(concepts, modules)
+    return modules
+
+
 def check_options(args: argparse.Namespace, method: Method) -> None:
     """Refuse options that the method would ignore, and a missing checkpoint."""
     ignored = {
         "--speed": args.speed is not None and method.name != "loraclr",
         "--device": args.device is not None and not method.needs_model,
         "--density": args.density is not None and not method.uses_density,
-        "--blocks": any(entry.blocks is not None for entry in args.entries) and method.needs_model,
         "--rank": args.rank is not None and method.name == "concat",
     }
     for option, given in ignored.items():
@@ -211,12 +257,6 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
             f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
             "the LoRA files, such as sum."
         )
-
-
-def blocks_of(entries: list[Entry]) -> tuple[tuple[float, ...] | None, ...]:
-    """The block weights of each LoRA; empty if none has any."""
-    given = tuple(entry.blocks for entry in entries)
-    return given if any(numbers is not None for numbers in given) else ()
 
 
 @contextmanager
@@ -230,18 +270,20 @@ def refusing() -> Iterator[None]:
 
 def concept_of(entry: Entry, needs_trigger: bool = True) -> Concept:
     """Load an entry's file; its trigger words come from the file if none are given."""
-    from loraclr import files, merging
+    from loraclr import blocks, files, merging
 
     lora = files.load(entry.path)
     trigger = (entry.trigger if entry.trigger is not None else lora.triggers()).strip()
     if not trigger and needs_trigger:
         raise ValueError(f'{entry.path.name} does not say which words call it: write --trigger "…" after its --lora.')
+    try:
+        weights = None if entry.blocks is None else blocks.block_weights(entry.blocks, lora.family)
+    except ValueError as error:
+        raise ValueError(f"{entry.path.name}: {error}") from error
     weight = 1.0 if entry.weight is None else entry.weight
-    if not math.isfinite(weight) or weight == 0:
-        raise ValueError(f"{entry.path.name} has weight {weight:g}: give it a number other than 0, or leave it out.")
-    if entry.text_weight is not None and not math.isfinite(entry.text_weight):
-        raise ValueError(f"{entry.path.name} has text weight {entry.text_weight:g}: give it a number.")
-    return merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject")
+    concept = merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject", blocks=weights)
+    merging.check_weights(concept)
+    return concept
 
 
 def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -303,18 +345,18 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with refusing():
-            merging.write(merge, args.output, getattr(torch, DTYPES[args.dtype]), args.overwrite)
+            merging.write(
+                merge, args.output, getattr(torch, DTYPES[args.dtype]), args.overwrite, not args.separate_embeddings
+            )
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def summary(merge: Merge, output: Path) -> str:
     """What was written, how well each LoRA is kept, and the prompt to use."""
-    ranks = sorted({layer.rank for layer in merge.layers.values()})
-    rank = f"rank {ranks[-1]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     size = f"{output.stat().st_size / 1e6:.1f} MB"
     many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
-    lines = [f"Wrote {output}: {many}, {rank}, {size}, in {clock(sum(merge.seconds.values()))}."]
+    lines = [f"Wrote {output}: {many}, {merge.ranks}, {size}, in {clock(sum(merge.seconds.values()))}."]
     for name, (_, missed) in merge.missed.items():
         lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
-    return "\n".join([*lines, f"Prompt: {merge.prompt(output.stem)}"])
+    return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])

@@ -119,12 +119,13 @@ class Change:
             raise ValueError(f"a change of {len(self.bias)} biases does not fit {len(base_bias)} biases")
         return self.bias.to(base_bias.device)
 
-    def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact factors of ΔW: up (o, r) and down (r, d) with up @ down = ΔW, in float32.
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Exact factors of ΔW: up (o, r) and down (r, d) with up @ down = ΔW, in float32. Errors as `delta`.
 
         Kinds that are no product of thin factors give ΔW itself and the identity, so r is at most min(o, d).
         """
-        delta = self.delta(base_weight).reshape(base_weight.shape[0], -1)
+        delta = self.delta(base_weight)
+        delta = delta.reshape(delta.shape[0], -1)
         identity = torch.eye(min(delta.shape), device=delta.device)
         return (identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)
 

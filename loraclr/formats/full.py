@@ -70,6 +70,12 @@ class Bias(Change):
     def size(self) -> tuple[None, None]:
         return None, None
 
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if base_weight is None:
+            return super().factors()
+        rows, columns = base_weight.flatten(1).shape
+        return torch.zeros(rows, 0), torch.zeros(0, columns)
+
     def rows(self, part: int, parts: int) -> Bias:
         return Bias(bias=self._bias_of(part, parts))
 

@@ -53,8 +53,8 @@ class GLoRA(Change):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return super().fits(shape) and len(shape) > 1 and shape[1] == self.a_up.shape[0]
 
-    def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
-        if base_weight.ndim > 2 or 2 * self.rank >= min(self.size):
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if base_weight is None or base_weight.ndim > 2 or 2 * self.rank >= min(self.size):
             return super().factors(base_weight)
         a_up, a_down, b_up, b_down = on(base_weight, self.a_up, self.a_down, self.b_up, self.b_down)
         with torch.no_grad(), torch.autocast(base_weight.device.type, enabled=False):

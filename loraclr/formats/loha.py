@@ -40,7 +40,7 @@ class LoHa(Change):
     def rank(self) -> int:
         return self.down1.shape[0]
 
-    def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.down1.shape[0] * self.down2.shape[0] >= min(self.size):
             return super().factors(base_weight)
         # The elementwise product of two sums is the sum over all pairs: rank r·r, and still thin.

@@ -45,7 +45,7 @@ class LoKr(Change):
     def rank(self) -> int | None:
         return self.stored
 
-    def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.down1.shape[0] * self.down2.shape[0] >= min(self.size):
             return super().factors(base_weight)
         # (AB) ⊗ (CD) = (A ⊗ C)(B ⊗ D)

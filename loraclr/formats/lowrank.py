@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loraclr.formats.change import Change, Parts, tucker
+from loraclr.formats.change import Change, Parts, on, tucker
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,9 @@ class Layer(Change):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def factors(self, base_weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self.up.to(base_weight.device) * self.scale, self.down.to(base_weight.device)
+    def factors(self, base_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        up, down = on(base_weight, self.up, self.down)
+        return up * self.scale, down
 
     def rows(self, part: int, parts: int) -> Change:
         if self.size[0] % parts:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.embeddings import Embeddings
 from loraclr.keys import Family
 
 
@@ -50,7 +51,7 @@ class Host(Protocol):
     """What the UNet predicts: the noise ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z_0 (Salimans and Ho 2022)."""
 
     def layers(self) -> dict[str, nn.Module]:
-        """Canonical layer name → live module (Linear or Conv2d) of UNet and text encoders."""
+        """Canonical layer name → live module (Linear, Conv2d, LayerNorm or GroupNorm) of UNet and text encoders."""
 
     def encode(self, prompts: list[str]) -> Context:
         """Prompts through the text encoders as they are now, hooks included; differentiable.
@@ -68,6 +69,9 @@ class Host(Protocol):
 
     def watch(self, record: Record) -> AbstractContextManager[None]:
         """Report every UNet call made inside to `record`."""
+
+    def words(self, embeddings: Embeddings) -> AbstractContextManager[None]:
+        """Inside, prompts may hold these words, which stand for their vectors. Not to be nested."""
 
     def session(self) -> AbstractContextManager[None]:
         """Inside, no LoRA of the user's is applied and gradients can be taken; on exit everything is as before."""

@@ -13,12 +13,14 @@ from typing import Any
 
 import networks  # the webui's own LoRA extension
 import torch
-from modules import devices, lowvram, sd_unet, shared
+from modules import devices, lowvram, sd_hijack, sd_unet, shared
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, process_images
 from modules.prompt_parser import SdConditioning
+from modules.textual_inversion import textual_inversion
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.embeddings import Embeddings
 from loraclr.hosts import Context, Record
 from loraclr.hosts.attention import Split, opened
 from loraclr.hosts.recompute import LARGE, recomputed
@@ -74,7 +76,7 @@ class A1111:
         return devices.device
 
     def layers(self) -> dict[str, nn.Module]:
-        """Every Linear and Conv2d of UNet and text encoders by canonical name: the live modules.
+        """Every Linear, Conv2d and norm layer of UNet and text encoders by canonical name: the live modules.
 
         Of OpenCLIP's attention q, k, v and out are layers of their own, which are called inside a session only.
         """
@@ -84,7 +86,7 @@ class A1111:
             (part, path): module
             for part, root in parts.items()
             for path, module in root.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d))
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm))
         }
         for (part, path), attention in self._attentions.items():
             modules |= {(part, f"{path}.{side}"): module for side, module in attention.projections.items()}
@@ -183,6 +185,22 @@ class A1111:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def words(self, embeddings: Embeddings) -> Iterator[None]:
+        """Inside, prompts may hold these words; one that the user has an embedding for keeps the user's."""
+        database = sd_hijack.model_hijack.embedding_db
+        added = [name for name in embeddings if name not in database.word_embeddings]
+        try:
+            for name in added:
+                vectors = embeddings[name]
+                data = vectors if len(vectors) > 1 else {"emb_params": next(iter(vectors.values()))}
+                embedding = textual_inversion.create_embedding_from_data(data, name)
+                database.register_embedding(embedding, self._model)
+            yield
+        finally:
+            for name in added:
+                database.register_embedding_by_name(None, self._model, name)
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.embeddings import Embeddings
 from loraclr.hosts import Context, Record
 from loraclr.hosts.recompute import LARGE, recomputed
+from loraclr.hosts.words import spoken
 from loraclr.keys import Family, kohya_name
 
 
@@ -36,7 +38,7 @@ class Standalone:
             kohya_name(part, path, self.family): module
             for part, root in self._parts.items()
             for path, module in root.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm)
         }
 
     def encode(self, prompts: list[str]) -> Context:
@@ -89,6 +91,19 @@ class Standalone:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def words(self, embeddings: Embeddings) -> Iterator[None]:
+        pipeline = self.pipeline
+        with ExitStack() as stack:
+            for suffix, encoders in (("", ("clip_l", "clip_h")), ("_2", ("clip_g",))):
+                own = {word: each[one] for word, each in embeddings.items() for one in encoders if one in each}
+                tokenizer = getattr(pipeline, f"tokenizer{suffix}", None)
+                if own and tokenizer is not None:
+                    encoder = getattr(pipeline, f"text_encoder{suffix}")
+                    stack.callback(setattr, pipeline, f"tokenizer{suffix}", tokenizer)
+                    setattr(pipeline, f"tokenizer{suffix}", stack.enter_context(spoken(tokenizer, encoder, own)))
+            yield
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -313,9 +313,7 @@ def _failed(sentence: str, look: str = "loraclr-error") -> list[Any]:
 
 def _summary(done: job.Done) -> str:
     """What was made, and how well it does what each LoRA does alone."""
-    size = done.path.stat().st_size / 2**20
-    ranks = sorted({layer.rank for layer in done.merge.layers.values()})
-    rank = f"rank {ranks[-1]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    size, rank = done.path.stat().st_size / 2**20, done.merge.ranks
     kept = "".join(
         f"<tr><td>{escape(concept.lora.name)}</td><td><code>{escape(concept.trigger)}</code></td>"
         f"<td>{max(0, 1 - done.merge.missed[concept.lora.name][1]):.0%}</td></tr>"

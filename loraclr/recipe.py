@@ -1,0 +1,69 @@
+"""The recipe of a merge, as the merged file holds it, and what is needed to run the same merge again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loraclr import files
+from loraclr.merging import Concept, Settings
+from loraclr.methods import METHODS, Options
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a merged file says about how it was made.
+
+    Attributes:
+        entries: per LoRA its file's name, its hash, and how it was to be merged (see `loraclr.merging.Merge.recipe`).
+    """
+
+    method: str
+    entries: Sequence[dict[str, Any]]
+    settings: Settings | Options
+
+    def concepts(self, folders: Sequence[Path]) -> list[Concept]:
+        """The LoRAs, looked for by name in the folders.
+
+        Raises:
+            ValueError: one is not there or is another file than it was; the sentence names it.
+        """
+        return [_concept(entry, folders) for entry in self.entries]
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a merged file.
+
+    Raises:
+        ValueError: there is none, or another version wrote it; one sentence that names the file.
+    """
+    text = files.load(path).metadata.get("loraclr.recipe")
+    if text is None:
+        raise ValueError(f"{path.name} holds no recipe: only a LoRA that was merged here does.")
+    try:
+        told = json.loads(text)
+        method = METHODS[told["method"]]
+        kind = Settings if method.needs_model else Options
+        known = {field.name for field in fields(kind)}
+        if unknown := sorted(set(told["settings"]) - known):
+            raise KeyError(unknown[0])
+        lists = {name: tuple(value) for name, value in told["settings"].items() if isinstance(value, list)}
+        return Recipe(method.name, told["concepts"], kind(**{**told["settings"], **lists}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The recipe in {path.name} cannot be read: another version of LoRACLR wrote it.") from error
+
+
+def _concept(entry: dict[str, Any], folders: Sequence[Path]) -> Concept:
+    path = next((folder / entry["file"] for folder in folders if (folder / entry["file"]).is_file()), None)
+    if path is None:
+        where = " or ".join(str(folder.resolve()) for folder in folders)
+        raise ValueError(f"{entry['file']}, which the recipe names, is not in {where}: put it there.")
+    if entry["hash"] and files.model_hash(path) != entry["hash"]:
+        raise ValueError(f"{path.name} is not the file that the recipe was made with: get that one.")
+    return Concept(
+        files.load(path), entry["trigger"], entry["weight"], entry["text_weight"], entry["kind"],
+        tuple(entry["prompts"]), entry["blocks"],
+    )  # fmt: skip
