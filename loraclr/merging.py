@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,7 @@ class Concept:
         weight: strength for the UNet, and for the text encoder unless `text_weight` is given. Any real number but 0.
         kind: a style changes how everything is drawn, so other prompts are looked at.
         prompts: what to look at, `{}` standing for the trigger; empty for the usual ones.
+        blocks: a factor for each block of the model (see `loraclr.blocks.block_weights`); None: 1 everywhere.
     """
 
     lora: LoRA
@@ -54,6 +55,11 @@ class Concept:
     text_weight: float | None = None
     kind: prompts.Kind = "subject"
     prompts: tuple[str, ...] = ()
+    blocks: Mapping[str, float] | None = None
+
+    def changes(self, modules: Mapping[str, nn.Module]) -> Changes:
+        """What the concept asks for, see `loraclr.capture.changes_of`."""
+        return capture.changes_of(self.lora, modules, self.weight, self.text_weight)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Pictures to compare: each concept by its own LoRA and by the merged one, and two concepts together, same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import nn
+
+from loraclr import capture, methods, prompts
+from loraclr.capture import Changes
+from loraclr.hosts import Host
+from loraclr.merging import Cancelled, Concept, Merge, Settings
+
+ALONE, TOGETHER, MERGED = "its own LoRA", "the LoRAs stacked", "the merged LoRA"
+_SEEDS = 2  # pictures of each concept
+_SCENES = 3  # pairs of concepts, at most
+_FIRST_SEED = 10_000  # noise that the merge has not seen
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt drawn with the same seeds in two ways: `before` by the LoRAs themselves, `after` by the merged one."""
+
+    label: str
+    prompt: str
+    before: Sequence[Image.Image]
+    after: Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was drawn; `complete` is False if the user stopped it."""
+
+    concepts: list[Row] = field(default_factory=list)
+    scenes: list[Row] = field(default_factory=list)
+    complete: bool = True
+
+
+def rows_through_unet(concepts: Sequence[Concept], settings: Settings) -> int:
+    """How much work `compare` is, counted as the merge counts its own."""
+    return 2 * settings.steps * 2 * _SEEDS * (len(concepts) + len(_pairs(concepts)))
+
+
+def compare(host: Host, merge: Merge, tell: Callable[[str, float], None]) -> Comparison:
+    """Draw the concepts of a merge and some pairs of them; `tell(what, share done)` may raise Cancelled to stop it.
+
+    What was finished until then is returned.
+    """
+    result = Comparison()
+    with suppress(Cancelled), host.session():
+        artist = _Artist(host, merge, tell)
+        for place, concept in enumerate(merge.concepts):
+            prompt = prompts.filled(concept.trigger, concept.kind, concept.prompts)[0]
+            result.concepts.append(artist.row(concept.lora.name, prompt, [place]))
+        for places in _pairs(merge.concepts):
+            first, second = (merge.concepts[place] for place in places)
+            both = f"{first.lora.name} and {second.lora.name}"
+            result.scenes.append(artist.row(both, _together(first, second), places))
+        return result
+    return Comparison(result.concepts, result.scenes, complete=False)
+
+
+class _Artist:
+    """Draws with a host, and counts what is done."""
+
+    def __init__(self, host: Host, merge: Merge, tell: Callable[[str, float], None]) -> None:
+        self.host, self.tell = host, tell
+        self.settings = merge.settings if isinstance(merge.settings, Settings) else Settings()
+        self.modules: Mapping[str, nn.Module] = host.layers()
+        self.asked = [concept.changes(self.modules) for concept in merge.concepts]
+        self.merged: Changes = {name: (layer.up * layer.scale, layer.down) for name, layer in merge.layers.items()}
+        self.whole, self.done = 2 * (len(merge.concepts) + len(_pairs(merge.concepts))), 0
+
+    def row(self, label: str, prompt: str, places: Sequence[int]) -> Row:
+        """One prompt, by the LoRAs at these places and by the merged one."""
+        changes = self.asked[places[0]] if len(places) == 1 else methods.stacked([self.asked[p] for p in places])
+        return Row(label, prompt, self._drawn(label, prompt, changes), self._drawn(label, prompt, self.merged))
+
+    def _drawn(self, label: str, prompt: str, changes: Changes) -> list[Image.Image]:
+        self.tell(f"Drawing {label}", self.done / self.whole)
+        size = self.settings.size or self.host.size
+        seed = _FIRST_SEED + self.settings.seed
+        with capture.applied(self.modules, changes):
+            pictures = self.host.sample(
+                [prompt] * _SEEDS, seed, self.settings.steps, self.settings.guidance, size, size
+            )
+        self.done += 1
+        return pictures
+
+
+def _pairs(concepts: Sequence[Concept]) -> list[tuple[int, int]]:
+    """Concepts to draw together: neighbours first, two styles never."""
+    count = len(concepts)
+    every = [(a, a + step) for step in range(1, count) for a in range(count - step)]
+    return [(a, b) for a, b in every if "subject" in (concepts[a].kind, concepts[b].kind)][:_SCENES]
+
+
+def _together(first: Concept, second: Concept) -> str:
+    """A prompt that asks for both."""
+    if "style" not in (first.kind, second.kind):
+        return prompts.PAIR[0].format(first.trigger, second.trigger)
+    subject, style = (first, second) if second.kind == "style" else (second, first)
+    return f"a {subject.trigger} in {style.trigger}"
