@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraclr import files
+from loraclr.formats import BOFT, OFT
 from loraclr.formats.scaling import PEFT_CONFIG
 from loraclr.lora import LoRA, parse
 
@@ -21,12 +22,15 @@ _DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 
+# Rotations are computed when they are read; they are small.
+_READ = (*(f".{suffix}" for suffix in OFT.owns | BOFT.owns),)
+
 
 def load(path: str | os.PathLike[str]) -> LoRA:
     """A LoRA as `loraclr.files.load` gives it, but its tensors on the "meta" device: shapes only.
 
-    Single numbers (alpha and the like) have their values. Files other than .safetensors are read whole. Raises
-    LoRAFormatError as that function does, but for values that are NaN.
+    Single numbers (alpha and the like) and the blocks of OFT have their values. Files other than .safetensors are read
+    whole. Raises LoRAFormatError as that function does, but for values that are NaN.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -37,8 +41,8 @@ def load(path: str | os.PathLike[str]) -> LoRA:
             for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
                 part = file.get_slice(key)
                 shape, dtype = part.get_shape(), _DTYPES.get(part.get_dtype())
-                known = math.prod(shape) != 1 and dtype is not None
-                tensors[key] = torch.empty(shape, dtype=dtype, device="meta") if known else file.get_tensor(key)
+                wanted = math.prod(shape) == 1 or dtype is None or key.endswith(_READ)
+                tensors[key] = file.get_tensor(key) if wanted else torch.empty(shape, dtype=dtype, device="meta")
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return files.load(path)  # says in a sentence what is wrong

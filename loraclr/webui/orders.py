@@ -17,7 +17,7 @@ KINDS = ("subject", "style")
 
 def parse(body: Any) -> Order:
     """The order that a JSON object asks for. Raises ValueError, one sentence that names what is wrong."""
-    values = _checked(Order, body, "The order", {"rows": "loras"})
+    values = _checked(Order, body, "the order", {"rows": "loras"})
     loras = values.pop("rows", None)
     if not isinstance(loras, list):
         raise ValueError('The order has no list of "loras".')
@@ -53,7 +53,7 @@ def _row(entry: Any, number: int) -> Row:
 def _settings(body: Any) -> Settings:
     rank = {"rank": rank_of(body["rank"])} if isinstance(body, dict) and "rank" in body else {}
     rest = {name: value for name, value in body.items() if name != "rank"} if rank else body
-    values = _checked(Settings, rest, "The settings") | rank
+    values = _checked(Settings, rest, "the settings") | rank
     if values.get("speed", "fast") not in POLISH_STEPS:
         raise ValueError(f'The speed is "{values["speed"]}": choose one of {", ".join(POLISH_STEPS)}.')
     for name, (least, most) in LIMITS.items():
@@ -68,15 +68,15 @@ def _settings(body: Any) -> Settings:
 def _checked(kind: type, body: Any, what: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The entries of a JSON object by a dataclass's fields, each of the type of the field's default."""
     if not isinstance(body, dict):
-        raise ValueError(f"{what} must be a JSON object.")
+        raise ValueError(f"{what[0].upper()}{what[1:]} must be a JSON object.")
     known = {(names or {}).get(field.name, field.name): field for field in fields(kind)}
     unknown = sorted(set(body) - set(known))
     if unknown:
-        raise ValueError(f'{what} has an entry "{unknown[0]}", which is none of {", ".join(known)}.')
+        raise ValueError(f'In {what} there is "{unknown[0]}", which is none of {", ".join(known)}.')
     values = {}
     for name, value in body.items():
         if not _fits(value, known[name].default):
-            raise ValueError(f'{what} has an entry "{name}" that cannot be {value!r}.')
+            raise ValueError(f'In {what}, "{name}" cannot be {value!r}.')
         values[known[name].name] = tuple(value) if isinstance(known[name].default, tuple) else value
     return values
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
 from torch import nn
 
 from loraclr import capture, methods, prompts
-from loraclr.capture import Changes
+from loraclr.capture import Bank, Changes
+from loraclr.crosstalk import crosstalk
 from loraclr.hosts import Host
 from loraclr.merging import Cancelled, Concept, Merge, Settings
 
@@ -32,10 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was drawn; `complete` is False if the user stopped it."""
+    """What was drawn.
+
+    Attributes:
+        crosstalk: for each of the concepts that were drawn, see `loraclr.crosstalk`.
+        complete: False if the user stopped it.
+    """
 
     concepts: list[Row] = field(default_factory=list)
     scenes: list[Row] = field(default_factory=list)
+    crosstalk: list[list[float]] = field(default_factory=list)
     complete: bool = True
 
 
@@ -54,13 +62,15 @@ def compare(host: Host, merge: Merge, tell: Callable[[str, float], None]) -> Com
         artist = _Artist(host, merge, tell)
         for place, concept in enumerate(merge.concepts):
             prompt = prompts.filled(concept.trigger, concept.kind, concept.prompts)[0]
-            result.concepts.append(artist.row(concept.lora.name, prompt, [place]))
+            bank = Bank([prompt, ""])
+            result.concepts.append(artist.row(concept.lora.name, prompt, [place], bank))
+            result.crosstalk.append(crosstalk(host, artist.modules, artist.asked, artist.merged, place, bank))
         for places in _pairs(merge.concepts):
             first, second = (merge.concepts[place] for place in places)
             both = f"{first.lora.name} and {second.lora.name}"
             result.scenes.append(artist.row(both, _together(first, second), places))
         return result
-    return Comparison(result.concepts, result.scenes, complete=False)
+    return Comparison(result.concepts, result.scenes, result.crosstalk, complete=False)
 
 
 class _Artist:
@@ -74,16 +84,19 @@ class _Artist:
         self.merged: Changes = {name: (layer.up * layer.scale, layer.down) for name, layer in merge.layers.items()}
         self.whole, self.done = 2 * (len(merge.concepts) + len(_pairs(merge.concepts))), 0
 
-    def row(self, label: str, prompt: str, places: Sequence[int]) -> Row:
-        """One prompt, by the LoRAs at these places and by the merged one."""
+    def row(self, label: str, prompt: str, places: Sequence[int], bank: Bank | None = None) -> Row:
+        """One prompt, by the LoRAs at these places and by the merged one; `bank` gets what the former see."""
         changes = self.asked[places[0]] if len(places) == 1 else methods.stacked([self.asked[p] for p in places])
-        return Row(label, prompt, self._drawn(label, prompt, changes), self._drawn(label, prompt, self.merged))
+        return Row(label, prompt, self._drawn(label, prompt, changes, bank), self._drawn(label, prompt, self.merged))
 
-    def _drawn(self, label: str, prompt: str, changes: Changes) -> list[Image.Image]:
+    def _drawn(self, label: str, prompt: str, changes: Changes, bank: Bank | None = None) -> list[Image.Image]:
         self.tell(f"Drawing {label}", self.done / self.whole)
         size = self.settings.size or self.host.size
         seed = _FIRST_SEED + self.settings.seed
-        with capture.applied(self.modules, changes):
+        with ExitStack() as inside, torch.no_grad():
+            inside.enter_context(capture.applied(self.modules, changes))
+            if bank is not None:
+                inside.enter_context(self.host.watch(capture.filing(bank, self.host.encode(bank.prompts))))
             pictures = self.host.sample(
                 [prompt] * _SEEDS, seed, self.settings.steps, self.settings.guidance, size, size
             )

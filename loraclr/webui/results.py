@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from html import escape
@@ -24,8 +25,8 @@ WELCOME = """<div class="loraclr-note">
 <p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the one
 LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"""
 KEPT = "How much of the LoRA's effect on the model's predictions the merged one has, on a picture kept aside"
-#: From what share of its effect on a concept counts as kept, and as weakened. A choice, not a measurement: see the
-#: pictures.
+BLED = "The largest share of another LoRA's effect in this concept's pictures; stacked LoRAs have about 100 %"
+#: From what share of its effect on a concept counts as kept, and as weaker. A choice, not a measurement.
 _GOOD, _FAIR = 0.8, 0.6
 
 
@@ -86,7 +87,12 @@ def _prompt(made: dict[str, Any], names: Sequence[str]) -> str:
 def summary(done: Done) -> str:
     """What was made, and how well it does what each LoRA does alone."""
     merge, size = done.merge, done.path.stat().st_size / 2**20
-    lines = [_bar(concept.lora.name, concept.trigger, _kept(merge, concept.lora.name)) for concept in merge.concepts]
+    bled = [_bled(shares) for shares in done.comparison.crosstalk] if done.comparison else []
+    bled += [None] * (len(merge.concepts) - len(bled))
+    lines = [
+        _bar(concept.lora.name, concept.trigger, _kept(merge, concept.lora.name), share)
+        for concept, share in zip(merge.concepts, bled, strict=True)
+    ]
     stopped = done.comparison is not None and not done.comparison.complete
     note = "<p>The drawing was interrupted; the file is complete.</p>" if stopped else ""
     return f"""<div class="loraclr-note loraclr-done">
@@ -100,14 +106,27 @@ def _kept(merge: Merge, name: str) -> float | None:
     return max(0.0, 1 - merge.missed[name][1]) if name in merge.missed else None
 
 
-def _bar(name: str, trigger: str, kept: float | None) -> str:
-    head = f'<span class="loraclr-of">{escape(name)}</span><code>{escape(trigger)}</code>'
-    if kept is None:
-        return f"<div>{head}</div>"
-    look, verdict = ("good", "kept") if kept >= _GOOD else ("fair", "weaker") if kept >= _FAIR else ("poor", "weak")
+def _bled(shares: Sequence[float]) -> float | None:
+    """The largest share of another LoRA's effect in a concept's pictures."""
+    return max((abs(share) for share in shares if not math.isnan(share)), default=None)
+
+
+def _bar(name: str, trigger: str, kept: float | None, bled: float | None) -> str:
+    """A concept's line: its name and words, and a bar with a verdict for what was kept and for what bled in."""
+    line = f'<div class="loraclr-of"><b>{escape(name)}</b> <code>{escape(trigger)}</code></div>'
+    if kept is not None:
+        look, verdict = ("good", "kept") if kept >= _GOOD else ("fair", "weaker") if kept >= _FAIR else ("poor", "weak")
+        line += _share(kept, look, f"{kept:.0%} {verdict}", KEPT)
+    if bled is not None:
+        look = "good" if bled <= 1 - _GOOD else "fair" if bled <= 1 - _FAIR else "poor"
+        line += _share(bled, look, f"{bled:.0%} bled in", BLED)
+    return line
+
+
+def _share(share: float, look: str, verdict: str, about: str) -> str:
     return (
-        f'<div title="{escape(KEPT)}">{head}<span class="loraclr-bar {look}"><i style="width:{kept:.0%}"></i></span>'
-        f"<span>{kept:.0%} {verdict}</span></div>"
+        f'<div class="loraclr-share {look}" title="{escape(about)}">'
+        f'<span><i style="width:{min(share, 1):.0%}"></i></span> {escape(verdict)}</div>'
     )
 
 
@@ -150,6 +169,14 @@ def tables(done: Done) -> list[Table]:
     if merge.missed:
         rows = [(name, f"{1 - closed:.1%}", f"{1 - polished:.1%}") for name, (closed, polished) in merge.missed.items()]
         found.append(Table("Effect kept", ("LoRA", "closed form", "after the polish"), rows, f"{KEPT}."))
+    if done.comparison and done.comparison.crosstalk:
+        names = [concept.lora.name for concept in merge.concepts]
+        rows = [
+            (name, *("–" if math.isnan(share) else f"{share:.0%}" for share in shares))
+            for name, shares in zip(names, done.comparison.crosstalk, strict=False)
+        ]
+        note = "How much of the column's LoRA shows in pictures of the row's concept; stacked LoRAs have about 100 %."
+        found.append(Table("Bled in", ("concept", *names), rows, note))
     counts: dict[int, int] = {}
     for layer in merge.layers.values():
         counts[layer.rank] = counts.get(layer.rank, 0) + 1

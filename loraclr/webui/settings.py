@@ -74,11 +74,13 @@ def _advanced() -> list[Any]:
         with FormRow():
             neutral = gr.Slider(
                 *LIMITS["neutral"], value=USUAL.neutral, step=0.05, label="Protection of everything else",
-                elem_id="loraclr_neutral", info="How much the merged LoRA must leave prompts without any trigger word as they are.",
+                elem_id="loraclr_neutral",
+                info="How much the merged LoRA must leave prompts without any trigger word as they are.",
             )  # fmt: skip
             scenes = gr.Slider(
                 *LIMITS["scenes"], value=USUAL.scenes, step=1, label="Scenes of two to learn from",
-                elem_id="loraclr_scenes", info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none.",
+                elem_id="loraclr_scenes",
+                info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none.",
             )  # fmt: skip
         with FormRow():
             steps = gr.Slider(
