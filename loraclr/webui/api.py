@@ -141,7 +141,7 @@ def cancel(task: str) -> dict[str, Any]:
 
 def methods() -> dict[str, str]:
     """The ways of merging, a sentence on each."""
-    return {name: method.text for name, method in METHODS.items()}
+    return {name: method.text for name, method in METHODS.items() if method.offered}
 
 
 def _found(task: str) -> Job:

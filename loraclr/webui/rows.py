@@ -79,10 +79,14 @@ class Rows:
             "show_progress": False,
         }
 
+    @property
+    def arranged(self) -> list[Any]:
+        """What `arranged` fills."""
+        return [self.shown, self.heading, *self.rows, *self.names, *self.facts, *self.fields]
+
     def _wire(self) -> None:
-        arranged = [self.shown, self.heading, *self.rows, *self.names, *self.facts, *self.fields]
         self.chosen.change(
-            fn=arrange, inputs=[self.chosen, self.shown, *self.fields], outputs=arranged, show_progress=False
+            fn=arrange, inputs=[self.chosen, self.shown, *self.fields], outputs=self.arranged, show_progress=False
         )
         for happens, fn in ((self.refresh.click, refreshed), (self.every.change, seen), (self.look.click, seen)):
             happens(fn, **self.seeing)
@@ -90,7 +94,7 @@ class Rows:
             fn=take,
             _js="loraclrTake",
             inputs=[self.elsewhere, self.chosen, self.shown, *self.fields],
-            outputs=[self.chosen, *arranged],
+            outputs=[self.chosen, *self.arranged],
             show_progress=False,
         )
         self.more.change(fn=None, _js="loraclrMore", inputs=[self.more], outputs=[])
@@ -158,7 +162,7 @@ def refreshed(chosen: list[str], every: bool) -> list[Any]:
 def arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
     """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote."""
     chosen = (chosen or [])[:MOST]
-    return _arranged(chosen, dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
+    return arranged(chosen, dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
 
 
 def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
@@ -168,15 +172,16 @@ def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list
     named = {name: weights for name, weights in library.named_in(prompt or "").items() if name in there}
     if not named:
         gr.Warning("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>.")
-        return [chosen, *_arranged((chosen or [])[:MOST], known)]
+        return [chosen, *arranged((chosen or [])[:MOST], known)]
     lines = {}
     for name, (weight, text_weight) in named.items():
         trigger, _, _, *rest = known.get(name) or _guess(name)
         lines[name] = (trigger, weight, "" if text_weight is None else f"{text_weight:g}", *rest)
-    return [list(named), *_arranged(list(named)[:MOST], lines)]
+    return [list(named), *arranged(list(named)[:MOST], lines)]
 
 
-def _arranged(chosen: list[str], known: dict[str, Sequence[Any]]) -> list[Any]:
+def arranged(chosen: list[str], known: dict[str, Sequence[Any]]) -> list[Any]:
+    """The rows of what is chosen: its own fields where they are known, else what the files tell."""
     lines = [known.get(name) or _guess(name) for name in chosen]
     lines += [tuple(FIELDS.values())] * (MOST - len(chosen))
     return [

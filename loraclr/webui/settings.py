@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
@@ -153,6 +155,25 @@ def read(
         seed=int(seed or 0),
     )
     return {"settings": settings, "method": method, "density": density, "draw": draw}
+
+
+def written(method: str, told: Mapping[str, Any]) -> list[Any]:
+    """The form's values for a recipe's settings, in the order of `FIELDS`; what it does not tell is left as usual."""
+    usual = asdict(USUAL)
+    known = {**usual, **{name: value for name, value in told.items() if name in usual}}
+    speed, rank = known["speed"], known["rank"]
+    values = {
+        **known,
+        "speed": speed.title() if speed.title() in SPEEDS else SPEEDS[0],
+        "rank": "exact" if rank is None else str(rank),
+        "draw": True,
+        "method": method if method in METHODS else "loraclr",
+        "closed": speed == "closed",
+        "size": known["size"] or 0,
+        "density": told.get("density", 0.5),
+        "kept": "\n".join(known["neutral_prompts"]),
+    }
+    return [values[name] for name in FIELDS]
 
 
 def rank_of(chosen: Any) -> Rank:

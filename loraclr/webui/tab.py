@@ -13,7 +13,7 @@ from modules.call_queue import wrap_gradio_gpu_call
 from modules.ui_components import FormRow
 
 from loraclr.merging import Cancelled
-from loraclr.webui import card, job, results, rows, settings, target
+from loraclr.webui import card, history, job, results, rows, settings, target
 
 
 def build() -> gr.Blocks:
@@ -24,6 +24,7 @@ def build() -> gr.Blocks:
                 chosen = rows.Rows()
                 name, replace, note = _output()
                 form = settings.Form()
+                history.History(chosen, form)
             with gr.Column(variant="compact", scale=2, elem_id="loraclr_side"):
                 with gr.Row(elem_id="loraclr_buttons"):
                     start = gr.Button("Merge", variant="primary", elem_id="loraclr_merge")
