@@ -20,10 +20,12 @@ from loraclr.webui import pictures
 from loraclr.webui.job import Done
 from loraclr.webui.pictures import Comparison
 
-WELCOME = """<div class="loraclr-note">
-<p>The result appears here: a LoRA file in your LoRA folder, and the prompt that uses it.</p>
-<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the one
-LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"""
+WELCOME = (
+    '<div class="loraclr-note">'
+    "<p>The result appears here: a LoRA file in your LoRA folder, and the prompt that uses it.</p>"
+    "<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the "
+    "one LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"
+)
 KEPT = "How much of the LoRA's effect on the model's predictions the merged one has, on a picture kept aside"
 BLED = "The largest share of another LoRA's effect in this concept's pictures; stacked LoRAs have about 100 %"
 #: From what share of its effect on a concept counts as kept, and as weaker. A choice, not a measurement.

@@ -20,10 +20,12 @@ KINDS = ("Subject", "Style")
 #: What a row asks for, and its value if nothing is known.
 FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
 
-HEADING = """<div class="loraclr-columns"><span>LoRA</span><span>Trigger words</span><span>Weight</span>
-<span title="Weight for the text encoder; empty: the same">Text enc.</span><span>Kind</span></div>"""
+HEADING = (
+    '<div class="loraclr-columns"><span>LoRA</span><span>Trigger words</span><span>Weight</span>'
+    '<span title="Weight for the text encoder; empty: the same">Text enc.</span><span>Kind</span></div>'
+)
 EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
-NOTHING = """<p>There is no LoRA in <code>{folder}</code> yet. Put some there, then press the refresh button.</p>"""
+NOTHING = "<p>There is no LoRA yet. Put some into this folder, then press the refresh button:</p><code>{folder}</code>"
 
 
 class Rows:
@@ -52,7 +54,7 @@ class Rows:
                 False, label="Show block weights and prompts", elem_id="loraclr_more", container=False
             )
         # Pressed by the page's script when the tab is opened: another checkpoint may be loaded by now.
-        self.look = gr.Button("Look again", elem_id="loraclr_look", elem_classes=["loraclr-unseen"])
+        self.look = gr.Button("…", elem_id="loraclr_look", elem_classes=["loraclr-unseen"])
         self.elsewhere = gr.Textbox(visible=False, elem_id="loraclr_elsewhere")  # the script puts the prompt there
         self.elsewhere.do_not_save_to_config = True
         self.shown = gr.State([])

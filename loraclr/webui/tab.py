@@ -34,7 +34,7 @@ def build() -> gr.Blocks:
         task = gr.Textbox(visible=False, elem_id="loraclr_task")
         task.do_not_save_to_config = True
         # Pressed by the page's script: fetches what a job has told a page that is gone.
-        restore = gr.Button("Restore", elem_id="loraclr_restore", elem_classes=["loraclr-unseen"])
+        restore = gr.Button("…", elem_id="loraclr_restore", elem_classes=["loraclr-unseen"])
 
         start.click(
             fn=wrap_gradio_gpu_call(_merge, extra_outputs=results.unfilled()),
