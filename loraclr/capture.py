@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loraclr.blocks import block
 from loraclr.hosts import Record
+from loraclr.keys import Family
 from loraclr.lora import LoRA
 
 #: Layer name → (up (o, r), down (r, d)), scale and strength folded in.
@@ -27,20 +29,39 @@ def is_cross_kv(name: str) -> bool:
     return name.endswith(("attn2_to_k", "attn2_to_v"))
 
 
+def strength(
+    name: str,
+    family: Family,
+    weight: float = 1.0,
+    text_weight: float | None = None,
+    blocks: Mapping[str, float] | None = None,
+) -> float:
+    """How much of a LoRA's change a layer gets: `weight`, in text encoders `text_weight` (None: the same), both times
+    the weight of the layer's block (see `loraclr.blocks`; a block without one has 1).
+    """
+    own = text_weight if text_weight is not None and is_text(name) else weight
+    return own if blocks is None else own * blocks.get(block(name, family), 1.0)
+
+
 def changes_of(
-    lora: LoRA, modules: Mapping[str, nn.Module], weight: float = 1.0, text_weight: float | None = None
+    lora: LoRA,
+    modules: Mapping[str, nn.Module],
+    weight: float = 1.0,
+    text_weight: float | None = None,
+    blocks: Mapping[str, float] | None = None,
 ) -> Changes:
-    """A LoRA's exact factors at a strength for the UNet and one for the text encoder (None: the same), on the CPU.
+    """A LoRA's exact factors at its strength (see `strength`), on the CPU; a layer of strength 0 is left out.
 
     modules: the live layers by canonical name; some kinds of change depend on their weights. Raises ValueError, one
     sentence, if a change does not fit its layer.
     """
-    text_weight = weight if text_weight is None else text_weight
     changes = {}
     for name, layer in lora.layers.items():
-        lora.check_fits(name, modules[name].weight)
-        up, down = layer.factors(modules[name].weight)
-        changes[name] = up.cpu() * (text_weight if is_text(name) else weight), down.cpu()
+        share = strength(name, lora.family, weight, text_weight, blocks)
+        if share:
+            lora.check_fits(name, modules[name].weight)
+            up, down = layer.factors(modules[name].weight)
+            changes[name] = up.cpu() * share, down.cpu()
     return changes
 
 

@@ -43,10 +43,10 @@ class Concept:
 
     Attributes:
         trigger: the words that call it.
-        weight: strength for the UNet, and for the text encoder unless `text_weight` is given. Any real number but 0.
+        weight: strength for the UNet, and for the text encoder unless `text_weight` is given; any real number.
+        blocks: for each block what its strength is multiplied by, as `loraclr.blocks.block_weights` returns it.
         kind: a style changes how everything is drawn, so other prompts are looked at.
         prompts: what to look at, `{}` standing for the trigger; empty for the usual ones.
-        blocks: a factor for each block of the model (see `loraclr.blocks.block_weights`); None: 1 everywhere.
     """
 
     lora: LoRA
@@ -57,9 +57,13 @@ class Concept:
     prompts: tuple[str, ...] = ()
     blocks: Mapping[str, float] | None = None
 
+    def strength(self, name: str) -> float:
+        """How much of the LoRA's change a layer gets, 0 for a layer that is left alone."""
+        return capture.strength(name, self.lora.family, self.weight, self.text_weight, self.blocks)
+
     def changes(self, modules: Mapping[str, nn.Module]) -> Changes:
         """What the concept asks for, see `loraclr.capture.changes_of`."""
-        return capture.changes_of(self.lora, modules, self.weight, self.text_weight)
+        return capture.changes_of(self.lora, modules, self.weight, self.text_weight, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Merge:
                 "text_weight": concept.text_weight,
                 "kind": concept.kind,
                 "prompts": concept.prompts,
+                "blocks": concept.blocks,
             }
             for concept in self.concepts
         ]
@@ -155,8 +160,7 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
         name, lora = concept.lora.name, concept.lora
         if not concept.trigger.strip():
             raise ValueError(f"{name} has no trigger words: write the words that call it into its row.")
-        if not math.isfinite(concept.weight) or concept.weight == 0:
-            raise ValueError(f"{name} has weight {concept.weight}: give it a number other than 0, or leave it out.")
+        check_weights(concept)
         if lora.family != host.family:
             raise ValueError(
                 f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
@@ -173,6 +177,22 @@ def check(host: Host, concepts: Sequence[Concept]) -> None:
                 raise ValueError(
                     f"{name} changes biases ({layer_name}), which cannot be merged yet: leave it out of the merge."
                 )
+
+
+def check_weights(concept: Concept) -> None:
+    """Refuse weights that are no numbers, or that leave nothing of the LoRA.
+
+    Raises:
+        ValueError: one sentence that names the LoRA.
+    """
+    name, blocks = concept.lora.name, concept.blocks or {}
+    given = {"weight": concept.weight, "text weight": concept.text_weight}
+    given |= {f"block weight {block}": weight for block, weight in blocks.items()}
+    for what, weight in given.items():
+        if weight is not None and not math.isfinite(weight):
+            raise ValueError(f"{name} has {what} {weight:g}: give it a number.")
+    if not any(map(concept.strength, concept.lora.layers)):
+        raise ValueError(f"{name} has weight 0 in every layer that it changes: give it another one, or leave it out.")
 
 
 def by_closed_form(name: str, module: nn.Module, changes: Sequence[Change | None], device: torch.device) -> Statistics:
@@ -233,7 +253,7 @@ class _Run:
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
         self.asked: list[Changes] = [
-            *(capture.changes_of(concept.lora, live, concept.weight, concept.text_weight) for concept in concepts),
+            *(concept.changes(live) for concept in concepts),
             {},
         ]
         self.texts = [

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loraclr import merging
-from loraclr.baselines import arithmetic, blocks
+from loraclr.baselines import arithmetic
 from loraclr.baselines.fitting import by_gradient_fusion, by_reference
-from loraclr.capture import Changes, is_text
+from loraclr.capture import Changes, strength
 from loraclr.factor import decompose, truncate
 from loraclr.hosts import Host
 from loraclr.lora import Layer, LoRA
@@ -30,14 +29,12 @@ class Options:
         density: share of the entries that ties, dare and magnitude-prune keep.
         scale: the merged change times this.
         seed: of what dare drops.
-        blocks: for each LoRA its block weights (see `loraclr.baselines.blocks`), or None; empty: none has any.
     """
 
     rank: int | None = None
     density: float = 0.5
     scale: float = 1.0
     seed: int = 0
-    blocks: tuple[tuple[float, ...] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def combine(
     started = time.monotonic()
     result = Merge(concepts[0].lora.family, list(concepts), options, method=method)
     generator = torch.Generator().manual_seed(options.seed)
-    changes = _asked(concepts, options)
+    changes = [plain(concept.lora, concept.weight, concept.text_weight, concept.blocks) for concept in concepts]
     whole = len({name for change in changes for name in change})
     for place, (name, present) in enumerate(_by_layer(changes)):
         progress("Merging layers", place / whole, None)
@@ -161,8 +158,6 @@ def combine(
         up, down = _cut(merged, options.scale, _rank(method, options, present))
         like = next(concept.lora.layers[name] for concept in concepts if name in concept.lora.layers)
         result.layers[name] = Layer(up, down, float(up.shape[1]), like.conv, like.kernel)
-    if not result.layers:
-        raise ValueError("Every block weight is 0, so nothing is left to merge: give one that is not.")
     result.seconds["merge"] = time.monotonic() - started
     progress("Done", 1.0, 0.0)
     return result
@@ -179,8 +174,7 @@ def check(concepts: Sequence[Concept]) -> None:
     check_family([concept.lora for concept in concepts])
     first: dict[str, tuple[str, tuple[int, int]]] = {}
     for concept in concepts:
-        if not math.isfinite(concept.weight) or concept.weight == 0:
-            raise ValueError(f"{concept.lora.name} has weight {concept.weight}: give it a number other than 0.")
+        merging.check_weights(concept)
         for name, layer in concept.lora.layers.items():
             if not isinstance(layer, Layer):
                 raise ValueError(
@@ -210,27 +204,13 @@ def check_family(loras: Sequence[LoRA]) -> None:
             )
 
 
-def _asked(concepts: Sequence[Concept], options: Options) -> list[Changes]:
-    """Each LoRA's changes at its strength, and its blocks at theirs."""
-    asked = []
-    weights = options.blocks or (None,) * len(concepts)
-    for concept, numbers in zip(concepts, weights, strict=True):
-        changes = plain(concept.lora, concept.weight, concept.text_weight)
-        if numbers is not None:
-            try:
-                changes = blocks.weighted(changes, blocks.weights_of(numbers, concept.lora.family))
-            except ValueError as error:
-                raise ValueError(f"{concept.lora.name}: {error}") from error
-        asked.append(changes)
-    return asked
-
-
-def plain(lora: LoRA, weight: float = 1.0, text_weight: float | None = None) -> Changes:
+def plain(
+    lora: LoRA, weight: float = 1.0, text_weight: float | None = None, blocks: Mapping[str, float] | None = None
+) -> Changes:
     """The factors of a LoRA of plain layers at a strength, as `capture.changes_of` gives them, without a model."""
-    strength = {False: weight, True: weight if text_weight is None else text_weight}
-    return {
-        name: (layer.up * (layer.scale * strength[is_text(name)]), layer.down) for name, layer in lora.layers.items()
-    }
+    shares = {name: strength(name, lora.family, weight, text_weight, blocks) for name in lora.layers}
+    layers = {name: layer for name, layer in lora.layers.items() if shares[name]}
+    return {name: (layer.up * (layer.scale * shares[name]), layer.down) for name, layer in layers.items()}
 
 
 def _by_layer(changes: Sequence[Changes]) -> Iterator[tuple[str, list[Change]]]:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
-from loraclr import methods
-from loraclr.baselines import arithmetic, blocks, fitting
+from loraclr import blocks, methods
+from loraclr.baselines import arithmetic, fitting
 from loraclr.factor import decompose
-from loraclr.keys import kohya_name
 from loraclr.lora import Layer
 from loraclr.merging import Concept, Settings
 from loraclr.methods import METHODS, Options
@@ -185,49 +184,6 @@ def test_decompose_finds_the_rank_and_survives_zeros() -> None:
     assert torch.equal(up @ down, torch.zeros(4, 3))
 
 
-class TestBlocks:
-    @pytest.mark.parametrize(
-        ("path", "block"),
-        [
-            ("input_blocks.0.0", "IN00"),
-            ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", "IN01"),
-            ("input_blocks.5.1.proj_in", "IN05"),
-            ("input_blocks.6.0.op", "IN06"),
-            ("middle_block.1.proj_in", "MID"),
-            ("output_blocks.3.1.proj_out", "OUT03"),
-            ("output_blocks.5.2.conv", "OUT05"),
-            ("output_blocks.11.0.in_layers.2", "OUT11"),
-        ],
-    )
-    def test_canonical_names_of_sd1(self, path: str, block: str) -> None:
-        assert blocks.block_of(kohya_name("unet", path)) == block
-
-    def test_other_names(self) -> None:
-        assert blocks.block_of("lora_te_text_model_encoder_layers_0_mlp_fc1") == "BASE"
-        assert blocks.block_of(kohya_name("unet", "input_blocks.4.1.proj_in", "sdxl")) == "IN04"
-        assert blocks.block_of(kohya_name("unet", "output_blocks.0.1.proj_in", "sdxl")) == "OUT00"
-        assert blocks.block_of(kohya_name("unet", "middle_block.1.proj_in", "sdxl")) == "MID"
-
-    @pytest.mark.parametrize(("family", "count"), [("sd1", 17), ("sd1", 26), ("sdxl", 12), ("sdxl", 20)])
-    def test_layouts_have_the_length_that_they_say(self, family, count: int) -> None:
-        weights = blocks.weights_of(range(count), family)
-        assert len(weights) == count
-        assert weights["BASE"] == 0
-
-    def test_weighted_counts_once_and_drops_zeros(self) -> None:
-        up, down = some()[0]
-        changes = {kohya_name("unet", f"input_blocks.{k}.1.proj_in"): (up, down) for k in (1, 2, 4)}
-        merged = blocks.weighted(changes, {"IN01": 0.5, "IN02": 0.0})
-        first, *rest = merged.values()
-        torch.testing.assert_close(first[0] @ first[1], 0.5 * up @ down)
-        assert len(rest) == 1
-        torch.testing.assert_close(rest[0][0], up)
-
-    def test_unknown_length(self) -> None:
-        with pytest.raises(ValueError, match="3 block weights are given, but SDXL has 12 or 20"):
-            blocks.weights_of([1, 1, 1], "sdxl")
-
-
 def inputs_of(changes: list, rows: int = 40) -> list[Tensor]:
     return [random(rows, down.shape[1], seed=50 + k, dtype=DOUBLE) for k, (_, down) in enumerate(changes)]
 
@@ -340,6 +296,17 @@ class TestCombine:
             assert layer.conv == concepts[0].lora.layers[name].conv
         assert result.triggers == "zyk"
 
+    def test_block_weights_count_once_and_0_leaves_a_layer_alone(self) -> None:
+        concepts = self.concepts()
+        weights = blocks.block_weights("BASE=0 M00=-1.5")
+        result = methods.combine([replace(concepts[0], blocks=weights), concepts[1]], "concat")
+        for name, layer in result.layers.items():
+            a, b = (concept.lora.layers[name].delta() for concept in concepts)
+            own = 0.0 if name.startswith("lora_te") else -1.5 * 0.7
+            assert layer.rank == (3 if own == 0 else 5)
+            torch.testing.assert_close(layer.delta(), own * a + b)
+        assert result.recipe()["concepts"][0]["blocks"]["M00"] == -1.5
+
     def test_dare_is_the_same_for_a_seed(self) -> None:
         runs = [methods.combine(self.concepts(), "dare-linear", Options(seed=seed)) for seed in (0, 0, 1)]
         name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
@@ -363,8 +330,8 @@ class TestCombine:
             methods.combine(concepts, "concat", Options(rank=2))
         with pytest.raises(ValueError, match="factor-sum cannot merge these LoRAs: in lora_.*ranks 2, 3"):
             methods.combine(concepts, "factor-sum")
-        with pytest.raises(ValueError, match="nothing is left"):
-            methods.combine(concepts, "sum", Options(blocks=((0.0,) * 17, (0.0,) * 17)))
+        with pytest.raises(ValueError, match="b has weight 0 in every layer"):
+            methods.combine([concepts[0], replace(concepts[1], blocks=blocks.block_weights("0"))], "sum")
 
     def test_every_method_says_what_it_does_in_one_sentence(self) -> None:
         for name, method in METHODS.items():

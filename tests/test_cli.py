@@ -108,9 +108,9 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, "--trigger", "again", *OUT], "--trigger is given twice for a.safetensors"),
             (["--lora", "a.safetensors", *OUT], "a.safetensors does not say which words call it"),
             (["--lora", "a.safetensors", "--trigger", " ", *OUT], "a.safetensors does not say which words call it"),
-            ([*A, "--weight", "0", *OUT], "a.safetensors has weight 0"),
-            ([*A, "--weight", "nan", *OUT], "a.safetensors has weight nan"),
-            ([*A, "--text-weight", "inf", *OUT], "a.safetensors has text weight inf"),
+            ([*A, "--weight", "0", *OUT], "a has weight 0"),
+            ([*A, "--weight", "nan", *OUT], "a has weight nan"),
+            ([*A, "--text-weight", "inf", *OUT], "a has text weight inf"),
             ([*A, "--weight", "much", *OUT], "invalid float value: 'much'"),
             ([*A, "--kind", "thing", *OUT], "invalid choice: 'thing'"),
             ([*A, "--rank", "0", *OUT], "invalid positive whole number value: '0'"),
@@ -124,9 +124,11 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, *OUT, "--method", "sum", "--density", "0.3"], "--density means nothing to --method sum"),
             ([*A, *OUT, "--method", "ties", "--density", "0"], "invalid share above 0 and up to 1 value: '0'"),
             ([*A, *OUT, "--method", "concat", "--rank", "2"], "--rank means nothing to --method concat"),
-            ([*A, "--blocks", "1,1", *OUT], "--blocks means nothing to --method loraclr"),
-            ([*A, "--blocks", "1,x", *OUT, "--method", "sum"], "invalid list of numbers"),
-            ([*A, "--blocks", "1,1", *OUT, "--method", "sum"], "a: 2 block weights are given, but SD1 has 17 or 26"),
+            ([*A, "--weight", "0", "--text-weight", "0", *OUT], "a has weight 0"),
+            ([*A, "--blocks", "OUT12=1", *OUT], "a.safetensors: 'OUT12' is no block"),
+            ([*A, "--blocks", "1,x", *OUT, "--method", "sum"], "a.safetensors: 'x' is no block weight"),
+            ([*A, "--blocks", "1,1", *OUT], "a.safetensors: 2 block weights were given, but SD 1.x takes 17 or 26"),
+            ([*A, "--blocks", "0", *OUT], "a has weight 0 in every layer"),
             ([*A, *OUT, "--method", "reference"], "invalid choice: 'reference'"),
             (["--lora", "gone.safetensors", "--trigger", "x", *OUT], "gone.safetensors does not exist"),
             ([*A, *OUT[:2], "--output", "a.safetensors"], "a.safetensors is one of the files that are read"),
@@ -320,6 +322,14 @@ def test_options_belong_to_the_lora_before_them() -> None:
 def test_concept_takes_what_the_file_says(here: Path) -> None:
     concept = command.concept_of(command.Entry(here / "b.safetensors", weight=-0.5))
     assert (concept.trigger, concept.weight, concept.text_weight, concept.kind) == ("zyk", -0.5, None, "subject")
+    assert concept.blocks is None
+
+
+def test_concept_takes_weights_of_unet_text_encoder_and_blocks(here: Path) -> None:
+    concept = command.concept_of(command.Entry(here / "b.safetensors", None, 0.0, 2.5, blocks="BASE=-2"))
+    assert (concept.strength(UNET), concept.strength(TEXT)) == (0, -5)
+    concept = command.concept_of(command.Entry(here / "b.safetensors", None, -3.0, blocks="IN01=0.5"))
+    assert (concept.strength(UNET), concept.strength(TEXT)) == (-1.5, -3)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_everything_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "1 LoRA with DoRA, rank 3" in told
     # ΔW of ones(4, 2) @ ones(2, 4) / 2 is ones(4, 4), of length 4; nine twos have length 6.
     assert re.search(r"text encoder +1 layers  ‖ΔW‖ 4\n", told)
-    assert re.search(r"down_blocks_0 +2 layers  ‖ΔW‖ 6 \(1 depend on the base model\)\n", told)
-    assert re.search(r"mid_block +1 layers  ‖ΔW‖ unknown \(1 depend on the base model\)\n", told)
+    assert re.search(r"IN01 +2 layers  ‖ΔW‖ 6 \(1 depend on the base model\)\n", told)
+    assert re.search(r"M00 +1 layers  ‖ΔW‖ unknown \(1 depend on the base model\)\n", told)
     assert told.rstrip().endswith(f"unknown   {TEXT}.strange\n            odd.key")
     assert max(map(len, told.splitlines())) <= 112
 
@@ -100,18 +100,15 @@ def test_without_a_file_it_says_what_is_missing(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("name", "block"),
+    ("name", "family", "block"),
     [
-        (TEXT, "text encoder"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text encoder"),
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "text encoder 2"),
-        (UNET.format("q"), "down_blocks_0"),
-        ("lora_unet_up_blocks_3_resnets_0_conv1", "up_blocks_3"),
-        ("lora_unet_mid_block_resnets_0_conv1", "mid_block"),
-        ("lora_unet_input_blocks_10_0_op", "input_blocks_10"),
-        ("lora_unet_middle_block_1_proj_in", "middle_block"),
-        ("lora_unet_conv_in", "ends"),
+        (TEXT, "sd1", "text encoder"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "sdxl", "text encoder"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "sdxl", "text encoder 2"),
+        (UNET.format("q"), "sd1", "IN01"),
+        ("lora_unet_input_blocks_8_1_proj_in", "sdxl", "IN08"),
+        ("lora_unet_conv_out", "sd1", "BASE"),
     ],
 )
-def test_blocks(name: str, block: str) -> None:
-    assert block_of(name) == block
+def test_blocks(name: str, family: str, block: str) -> None:
+    assert block_of(name, family) == block

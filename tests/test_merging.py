@@ -10,6 +10,7 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr import files
+from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
@@ -80,6 +81,19 @@ def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(m
     assert seen[name][0].shape == seen[name][1].shape == (8, 8)
     exact = merge(host, concepts, CLOSED)
     torch.testing.assert_close(result.layers[name].delta(), exact.layers[name].delta(), rtol=1e-4, atol=1e-5)
+
+
+def test_block_weights_are_part_of_what_is_asked_for() -> None:
+    host = ToyHost()
+    lora = toy_lora(host, "one", 1)
+    concept = Concept(lora, "sks", weight=2.0, text_weight=-0.5, blocks=block_weights("BASE=0.5 M00=0.3"))
+    result = merge(host, [concept], CLOSED)
+    for name, layer in result.layers.items():
+        share = -0.25 if name.startswith("lora_te") else 0.6
+        torch.testing.assert_close(layer.delta(), share * lora.layers[name].delta(), rtol=1e-2, atol=1e-3)
+    assert result.recipe()["concepts"][0]["blocks"]["M00"] == 0.3
+    without = merge(host, [replace(concept, blocks=block_weights("BASE=0"))], CLOSED)
+    assert without.layers.keys() == {name for name in lora.layers if not name.startswith("lora_te")}
 
 
 def test_two_loras_closer_than_base_and_than_their_sum() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraclr.blocks import BLOCKS, block
 from loraclr.cli import Refused
 
 if TYPE_CHECKING:
+    from loraclr.families import Family
     from loraclr.formats import Change
     from loraclr.lora import LoRA
 
@@ -29,7 +30,6 @@ _TELLING = (
     "modelspec.architecture",
     "modelspec.merged_from",
 )
-_BLOCK = re.compile(r"lora_unet_((?:down_blocks|up_blocks|input_blocks|output_blocks)_\d+|mid_block|middle_block)_")
 _WIDTH = 100
 
 
@@ -100,29 +100,22 @@ def _sizes(lora: LoRA) -> list[str]:
     """‖ΔW‖ by block, and how many of a block's layers have none without the base weights."""
     blocks: dict[str, list[Change]] = defaultdict(list)
     for name, layer in lora.layers.items():
-        blocks[block_of(name)].append(layer)
+        blocks[block_of(name, lora.family)].append(layer)
+    order = ["text encoder", "text encoder 2", *BLOCKS[26]]
     lines = []
-    for block, layers in sorted(blocks.items(), key=lambda item: _order(item[0])):
+    for place, layers in sorted(blocks.items(), key=lambda item: order.index(item[0])):
         known = [layer for layer in layers if not layer.needs_base]
         size = f"‖ΔW‖ {math.hypot(*(layer.norm() for layer in known)):.4g}" if known else "‖ΔW‖ unknown"
         rest = f" ({len(layers) - len(known)} depend on the base model)" if len(known) < len(layers) else ""
-        lines.append(f"{block:<16}{len(layers):>4} layers  {size}{rest}")
+        lines.append(f"{place:<16}{len(layers):>4} layers  {size}{rest}")
     return lines
 
 
-def block_of(name: str) -> str:
-    """The block of the model that a layer belongs to: "text encoder", "mid_block", "output_blocks_3", …"""
+def block_of(name: str, family: Family) -> str:
+    """The UNet's block that a layer belongs to, by the name that block weights know it by, or its text encoder."""
     if name.startswith("lora_te"):
         return "text encoder 2" if name.startswith("lora_te2_") else "text encoder"
-    block = _BLOCK.match(name)
-    return block[1] if block else "ends"
-
-
-def _order(block: str) -> tuple[int, int]:
-    """Text, then the way through the UNet."""
-    ways = ("text", "down", "input", "mid", "up", "output", "ends")
-    number = re.search(r"\d+$", block)
-    return next(k for k, way in enumerate(ways) if block.startswith(way)), int(number[0]) if number else 0
+    return block(name, family)
 
 
 def _metadata(lora: LoRA) -> list[str]:

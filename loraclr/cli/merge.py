@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ class Entry:
     weight: float | None = None
     text_weight: float | None = None
     kind: str | None = None
-    blocks: tuple[float, ...] | None = None
+    blocks: str | None = None
 
 
 class _NewEntry(argparse.Action):
@@ -74,12 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     each.add_argument("--text-weight", type=float, metavar="W", help="another one for the text encoder", **of_entry)
     each.add_argument("--kind", choices=["subject", "style"], help="what it is for (default: subject)", **of_entry)
-
     each.add_argument(
         "--blocks",
-        type=_numbers,
-        metavar="W,W,…",
-        help="its block weights: 17 or 26 numbers, SDXL 12 or 20",
+        metavar="WEIGHTS",
+        help="its weight in each block: 17 or 26 numbers, SDXL 12 or 20, or by name, as in OUT03=0.5,IN04-IN08=0",
         **of_entry,
     )
 
@@ -109,17 +106,9 @@ def _share(text: str) -> float:
     return float(text)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    numbers = tuple(float(part) for part in text.split(","))
-    if not all(map(math.isfinite, numbers)):
-        raise ValueError
-    return numbers
-
-
 # argparse: "invalid positive whole number value: '0'"
 _rank.__name__ = "positive whole number"
 _share.__name__ = "share above 0 and up to 1"
-_numbers.__name__ = "list of numbers, comma between them,"
 
 
 def offered() -> list[Method]:
@@ -142,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
     else:
-        options = methods.Options(args.rank, args.density or 0.5, seed=args.seed, blocks=blocks_of(args.entries))
+        options = methods.Options(args.rank, args.density or 0.5, seed=args.seed)
         with Line() as line, refusing():
             merge = methods.combine(concepts, method.name, options, line)
     write(merge, args)
@@ -198,7 +187,6 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
         "--speed": args.speed is not None and method.name != "loraclr",
         "--device": args.device is not None and not method.needs_model,
         "--density": args.density is not None and not method.uses_density,
-        "--blocks": any(entry.blocks is not None for entry in args.entries) and method.needs_model,
         "--rank": args.rank is not None and method.name == "concat",
     }
     for option, given in ignored.items():
@@ -209,12 +197,6 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
             f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
             "the LoRA files, such as sum."
         )
-
-
-def blocks_of(entries: list[Entry]) -> tuple[tuple[float, ...] | None, ...]:
-    """The block weights of each LoRA; empty if none has any."""
-    given = tuple(entry.blocks for entry in entries)
-    return given if any(numbers is not None for numbers in given) else ()
 
 
 @contextmanager
@@ -228,18 +210,20 @@ def refusing() -> Iterator[None]:
 
 def concept_of(entry: Entry, needs_trigger: bool = True) -> Concept:
     """Load an entry's file; its trigger words come from the file if none are given."""
-    from loraclr import files, merging
+    from loraclr import blocks, files, merging
 
     lora = files.load(entry.path)
     trigger = (entry.trigger if entry.trigger is not None else lora.triggers()).strip()
     if not trigger and needs_trigger:
         raise ValueError(f'{entry.path.name} does not say which words call it: write --trigger "…" after its --lora.')
+    try:
+        weights = None if entry.blocks is None else blocks.block_weights(entry.blocks, lora.family)
+    except ValueError as error:
+        raise ValueError(f"{entry.path.name}: {error}") from error
     weight = 1.0 if entry.weight is None else entry.weight
-    if not math.isfinite(weight) or weight == 0:
-        raise ValueError(f"{entry.path.name} has weight {weight:g}: give it a number other than 0, or leave it out.")
-    if entry.text_weight is not None and not math.isfinite(entry.text_weight):
-        raise ValueError(f"{entry.path.name} has text weight {entry.text_weight:g}: give it a number.")
-    return merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject")
+    concept = merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject", blocks=weights)
+    merging.check_weights(concept)
+    return concept
 
 
 def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
