@@ -55,6 +55,10 @@ def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
     assert tab.prompt == f"<lora:zoo:1> {TIGER.trigger}, {PANDA.trigger}"
     listed = {lora["name"]: lora for lora in webui.ask("/sdapi/v1/loras")}
     assert Path(listed["zoo"]["path"]) == webui.loras / "zoo.safetensors"
+    shown = tab.page.locator("#loraclr_result.prose .loraclr-pictures img")
+    assert shown.count() == 2 * 2 * (2 + 1), "two seeds before and after, of two concepts and of both together"
+    assert (webui.loras / "zoo.preview.png").exists()
+    assert tab.page.locator("#loraclr_result.prose .loraclr-share").count() == 4, "kept and bled, for each concept"
     sidecar = json.loads((webui.loras / "zoo.json").read_text())
     assert sidecar["activation text"] == f"{TIGER.trigger}, {PANDA.trigger}"
 
