@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from modules import progress, shared
@@ -72,7 +73,9 @@ class Done:
 class _Shown(A1111):
     """The host, with every finished picture in the webui's live preview."""
 
-    def sample(self, *args, **kwargs) -> list[Image.Image]:
+    def sample(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+        # Half-drawn pictures would be decoded beside the sampling: keep the webui from taking any to be due.
+        shared.state.current_image_sampling_step = 1_000_000
         drawn = super().sample(*args, **kwargs)
         if drawn:
             shared.state.assign_current_image(drawn[0])

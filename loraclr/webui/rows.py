@@ -41,8 +41,7 @@ class Rows:
                 info="Type to search.",
                 elem_id="loraclr_loras",
             )
-            self.chosen.do_not_save_to_config = True
-            self.refresh = ToolButton(
+                self.refresh = ToolButton(
                 "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
             )
         with gr.Row(elem_id="loraclr_choosing"):
@@ -53,6 +52,8 @@ class Rows:
             self.more = gr.Checkbox(
                 False, label="Show block weights and prompts", elem_id="loraclr_more", container=False
             )
+        for component in (self.chosen, self.more):
+            component.do_not_save_to_config = True
         # Pressed by the page's script when the tab is opened: another checkpoint may be loaded by now.
         self.look = gr.Button("…", elem_id="loraclr_look", elem_classes=["loraclr-unseen"])
         self.elsewhere = gr.Textbox(visible=False, elem_id="loraclr_elsewhere")  # the script puts the prompt there
