@@ -41,7 +41,7 @@ class Rows:
                 info="Type to search.",
                 elem_id="loraclr_loras",
             )
-                self.refresh = ToolButton(
+            self.refresh = ToolButton(
                 "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
             )
         with gr.Row(elem_id="loraclr_choosing"):
