@@ -20,7 +20,7 @@ LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 READ = ("label", "info", "placeholder", "tooltip")
 SAID_FIRST = ("Button", "Accordion", "info")
 #: Constants with text in HTML.
-TEXTS = ("HEADING", "EMPTY", "NOTHING", "WELCOME")
+TEXTS = ("HEADING", "EMPTY", "NOTHING", "OTHER", "WELCOME")
 #: Names and signs that are the same everywhere.
 SAME = re.compile(r"LoRA|[^\w]*|exact|auto|\d+")
 

@@ -26,6 +26,9 @@ HEADING = (
 )
 EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
 NOTHING = "<p>There is no LoRA yet. Put some into this folder, then press the refresh button:</p><code>{folder}</code>"
+OTHER = (
+    "<p>The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL; choose one of these at the top of the page first.</p>"
+)
 
 
 class Rows:
@@ -236,6 +239,8 @@ def _guess(name: str) -> tuple[Any, ...]:
 
 
 def _invitation() -> str:
+    if library.loaded_name() and library.loaded_family() is None:
+        return OTHER
     return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
 
 
