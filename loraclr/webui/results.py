@@ -45,9 +45,9 @@ class Panel:
                 label="Prompt that uses it", lines=2, show_copy_button=True, interactive=True, elem_id="loraclr_prompt"
             )
             self.send = gr.Button("Send to txt2img", elem_id="loraclr_send")
+            self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
             with gr.Accordion("Details", open=False, elem_id="loraclr_details"):
                 self.details = gr.HTML(elem_id="loraclr_figures")
-            self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
         for component in (self.prompt, self.subset, self.downloads):
             component.do_not_save_to_config = True
         self.subset.change(
@@ -185,9 +185,13 @@ def tables(done: Done) -> list[Table]:
     found.append(Table("Ranks", ("rank", "layers"), [(str(rank), str(n)) for rank, n in sorted(counts.items())]))
     seconds = [(stage, f"{time:.1f} s") for stage, time in merge.seconds.items()]
     found.append(Table("Time", ("stage", "time"), [*seconds, ("all", f"{sum(merge.seconds.values()):.1f} s")]))
-    settings = [(name.replace("_", " "), str(value)) for name, value in merge.recipe()["settings"].items()]
+    settings = [(name.replace("_", " "), _shown(value)) for name, value in merge.recipe()["settings"].items()]
     found.append(Table("Settings", ("setting", "value"), [("method", merge.method), *settings]))
     return found
+
+
+def _shown(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
 
 
 def _html(table: Table) -> str:
