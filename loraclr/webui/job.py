@@ -107,7 +107,8 @@ def run(task: str, order: Order) -> Done:
         merged = methods.combine(concepts, order.method, options, tell)
     write(merged, path, dtype=_dtype(), overwrite=order.replace)
     host.publish(path)
-    if not order.draw:
+    fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
+    if not (order.draw and fits):  # a merge by weights alone may be for another checkpoint than the loaded one
         return Done(merged, path)
     comparison = pictures.compare(host, merged, lambda stage, done: report(stage, share + (1 - share) * done))
     _preview(comparison, path)

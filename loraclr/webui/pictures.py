@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         crosstalk: for each of the concepts that were drawn, see `loraclr.crosstalk`.
-        complete: False if the user stopped it.
+        complete: False if it ended early.
     """
 
     concepts: list[Row] = field(default_factory=list)
@@ -55,10 +55,10 @@ def rows_through_unet(concepts: Sequence[Concept], settings: Settings) -> int:
 def compare(host: Host, merge: Merge, tell: Callable[[str, float], None]) -> Comparison:
     """Draw the concepts of a merge and some pairs of them; `tell(what, share done)` may raise Cancelled to stop it.
 
-    What was finished until then is returned.
+    What was finished until then, or until the graphics card ran out of memory, is returned.
     """
     result = Comparison()
-    with suppress(Cancelled), host.session():
+    with suppress(Cancelled, torch.cuda.OutOfMemoryError), host.session():
         artist = _Artist(host, merge, tell)
         for place, concept in enumerate(merge.concepts):
             prompt = prompts.filled(concept.trigger, concept.kind, concept.prompts)[0]

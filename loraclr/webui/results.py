@@ -96,7 +96,7 @@ def summary(done: Done) -> str:
         for concept, share in zip(merge.concepts, bled, strict=True)
     ]
     stopped = done.comparison is not None and not done.comparison.complete
-    note = "<p>The drawing was interrupted; the file is complete.</p>" if stopped else ""
+    note = "<p>The drawing ended early; the file is complete.</p>" if stopped else ""
     return f"""<div class="loraclr-note loraclr-done">
 <p><b>{escape(done.path.stem)}</b> is ready: {len(merge.concepts)} LoRAs in one, {_ranks(merge)}, {size:.1f} MB.</p>
 <p class="loraclr-path">{escape(str(done.path))}</p>{note}
