@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from toy import ToyHost, toy_lora
 
 from loraclr.merging import Cancelled, Concept, Merge, Settings, merge
@@ -43,14 +44,15 @@ def test_every_concept_and_pairs(host: ToyHost, merged: Merge) -> None:
     assert rows == pictures.rows_through_unet(merged.concepts, merged.settings)
 
 
-def test_an_interruption_keeps_what_is_finished(host: ToyHost, merged: Merge) -> None:
+@pytest.mark.parametrize("end", [Cancelled, torch.cuda.OutOfMemoryError])
+def test_an_early_end_keeps_what_is_finished(host: ToyHost, merged: Merge, end: type[Exception]) -> None:
     """Drawing stops at once, and no hook stays."""
     told = []
 
     def tell(what: str, share: float) -> None:
         told.append(what)
         if len(told) == 4:
-            raise Cancelled("stop")
+            raise end("stop")
 
     found = pictures.compare(host, merged, tell)
     assert not found.complete
