@@ -7,6 +7,7 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr.merging import Cancelled, Concept, Merge, Settings, merge
+from loraclr.methods import combine
 from loraclr.webui import pictures
 
 NAMES = ("cat", "dog", "ink")
@@ -30,7 +31,7 @@ def test_every_concept_and_pairs(host: ToyHost, merged: Merge) -> None:
     """All concepts, then pairs, neighbours first; a style is asked for as one."""
     told: list[float] = []
     before = host.drawn
-    found = pictures.compare(host, merged, lambda _, share: told.append(share))
+    found = pictures.compare(host, merged, merged.settings, lambda _, share: told.append(share))
     assert found.complete
     assert [row.label for row in found.concepts] == list(NAMES)
     assert [row.prompt for row in found.scenes] == [
@@ -54,7 +55,7 @@ def test_an_early_end_keeps_what_is_finished(host: ToyHost, merged: Merge, end: 
         if len(told) == 4:
             raise end("stop")
 
-    found = pictures.compare(host, merged, tell)
+    found = pictures.compare(host, merged, merged.settings, tell)
     assert not found.complete
     assert [row.label for row in found.concepts] == ["cat"]
     assert not found.scenes
@@ -66,3 +67,11 @@ def test_two_styles_are_not_drawn_together(host: ToyHost) -> None:
     """There is nothing to be seen side by side."""
     concepts = [Concept(toy_lora(host, name, 1), name, kind="style") for name in ("ink", "chalk")]
     assert pictures._pairs(concepts) == []
+
+
+def test_a_merge_by_weights_alone_is_drawn_as_asked(host: ToyHost, merged: Merge) -> None:
+    """Such a merge's own settings tell nothing of pictures."""
+    summed = combine(merged.concepts, "sum")
+    found = pictures.compare(host, summed, Settings(steps=1, size=16), lambda *_: None)
+    assert found.complete
+    assert found.scenes[0].after[0].size == (16, 16)

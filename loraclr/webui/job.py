@@ -110,7 +110,11 @@ def run(task: str, order: Order) -> Done:
     fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
     if not (order.draw and fits):  # a merge by weights alone may be for another checkpoint than the loaded one
         return Done(merged, path)
-    comparison = pictures.compare(host, merged, lambda stage, done: report(stage, share + (1 - share) * done))
+
+    def drawing(what: str, done: float) -> None:
+        report(what, share + (1 - share) * done)
+
+    comparison = pictures.compare(host, merged, order.settings, drawing)
     _preview(comparison, path)
     host.publish(path)
     return Done(merged, path, comparison)

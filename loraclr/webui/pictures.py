@@ -52,14 +52,16 @@ def rows_through_unet(concepts: Sequence[Concept], settings: Settings) -> int:
     return 2 * settings.steps * 2 * _SEEDS * (len(concepts) + len(_pairs(concepts)))
 
 
-def compare(host: Host, merge: Merge, tell: Callable[[str, float], None]) -> Comparison:
-    """Draw the concepts of a merge and some pairs of them; `tell(what, share done)` may raise Cancelled to stop it.
+def compare(host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None]) -> Comparison:
+    """Draw the concepts of a merge and some pairs of them, with the steps, guidance and size of `settings`.
+
+    `tell(what, share done)` may raise Cancelled to stop it.
 
     What was finished until then, or until the graphics card ran out of memory, is returned.
     """
     result = Comparison()
     with suppress(Cancelled, torch.cuda.OutOfMemoryError), host.session():
-        artist = _Artist(host, merge, tell)
+        artist = _Artist(host, merge, settings, tell)
         for place, concept in enumerate(merge.concepts):
             prompt = prompts.filled(concept.trigger, concept.kind, concept.prompts)[0]
             bank = Bank([prompt, ""])
@@ -76,9 +78,8 @@ def compare(host: Host, merge: Merge, tell: Callable[[str, float], None]) -> Com
 class _Artist:
     """Draws with a host, and counts what is done."""
 
-    def __init__(self, host: Host, merge: Merge, tell: Callable[[str, float], None]) -> None:
-        self.host, self.tell = host, tell
-        self.settings = merge.settings if isinstance(merge.settings, Settings) else Settings()
+    def __init__(self, host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None]) -> None:
+        self.host, self.settings, self.tell = host, settings, tell
         self.modules: Mapping[str, nn.Module] = host.layers()
         self.asked = [concept.changes(self.modules) for concept in merge.concepts]
         self.merged: Changes = {name: (layer.up * layer.scale, layer.down) for name, layer in merge.layers.items()}
