@@ -1,10 +1,14 @@
-// The LoRACLR Merge tab: the webui's own progress bar, the Interrupt button, and sending the prompt to txt2img.
+// The LoRACLR Merge tab: the webui's own progress bar and live picture, the Interrupt button, rows, and txt2img's prompt.
+
+function loraclrPart(name) {
+    return gradioApp().getElementById("loraclr_" + name);
+}
 
 function loraclrShowRunning(running) {
-    const stop = gradioApp().getElementById("loraclr_interrupt");
+    const stop = loraclrPart("interrupt");
     stop.disabled = false;
     stop.textContent = "Interrupt";
-    gradioApp().getElementById("loraclr_buttons").classList.toggle("running", running);
+    loraclrPart("buttons").classList.toggle("running", running);
 }
 
 // Follows a job, also one that was started before the page was reloaded.
@@ -14,7 +18,8 @@ function loraclrFollow(task, patience) {
         loraclrShowRunning(false);
         localRemove("loraclr_task_id");
     };
-    requestProgress(task, gradioApp().getElementById("loraclr_result_panel"), null, end, null, patience);
+    const panel = loraclrPart("result_panel");
+    requestProgress(task, panel, panel, end, null, patience);
 }
 
 function loraclrMerge() {
@@ -27,9 +32,13 @@ function loraclrMerge() {
 }
 
 function loraclrInterrupt() {
-    const stop = gradioApp().getElementById("loraclr_interrupt");
+    const stop = loraclrPart("interrupt");
     stop.disabled = true;
     stop.textContent = "Interrupting…";
+    return [localGet("loraclr_task_id")];
+}
+
+function loraclrRestore() {
     return [localGet("loraclr_task_id")];
 }
 
@@ -41,7 +50,36 @@ function loraclrSend(prompt) {
     return [];
 }
 
+// The prompt of txt2img goes in the place of the first value.
+function loraclrTake() {
+    const values = Array.from(arguments);
+    values[0] = gradioApp().querySelector("#txt2img_prompt textarea").value;
+    return values;
+}
+
+function loraclrRemove(chosen, place) {
+    return [chosen.filter((_, at) => at != place)];
+}
+
+function loraclrUp(chosen, place) {
+    const moved = Array.from(chosen);
+    if (place > 0) moved.splice(place - 1, 0, moved.splice(place, 1)[0]);
+    return [moved];
+}
+
+function loraclrMore(shown) {
+    loraclrPart("form").classList.toggle("loraclr-more", shown);
+    return [];
+}
+
+onUiTabChange(function() {
+    const tab = gradioApp().getElementById("tab_loraclr");
+    if (tab && tab.style.display != "none") loraclrPart("look").click();
+});
+
 onOptionsAvailable(function() {
     const task = localGet("loraclr_task_id");
-    if (task) loraclrFollow(task, 0);
+    if (!task || !loraclrPart("buttons")) return;
+    loraclrPart("restore").click();
+    loraclrFollow(task, 0);
 });

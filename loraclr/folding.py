@@ -52,7 +52,7 @@ def folded(
     text = {name: factors for name, factors in changes.items() if name.startswith("lora_te")}
     with applied(modules, text):
         with host.words(words):
-            usual = host.encode(known).float()
+            usual = host.encode(known).tokens.float()
         # The first token stands before every word, so it stays; it also draws the most attention.
         first = F.normalize(usual[0, 0], dim=0)
         rows = usual.flatten(0, 1)
@@ -61,7 +61,7 @@ def folded(
         for place, layer in enumerate(cross_layers()):
             own = {word: {"clip_l": vectors[place : place + 1]} for word, vectors in lora.layer_embeddings.items()}
             with host.words({**words, **own}):
-                moved = (host.encode(known).float() - usual).flatten(0, 1)
+                moved = (host.encode(known).tokens.float() - usual).flatten(0, 1)
             move = closed_form(gram, moved.T @ rows, RIDGE)
             up, down = truncate(torch.eye(len(move), device=move.device), move, "auto", gram, SHARE)
             for name in (f"{layer}_to_k", f"{layer}_to_v"):

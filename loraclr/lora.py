@@ -189,7 +189,7 @@ def _check_values(layer_name: str, tensors: Mapping[str, Tensor], title: str) ->
                 f"{title} cannot be read: {layer_name}.{suffix} is {str(tensor.dtype).removeprefix('torch.')};"
                 " save it as float16."
             )
-        if not torch.isfinite(tensor.float()).all():
+        if not tensor.is_meta and not torch.isfinite(tensor.float()).all():
             raise LoRAFormatError(
                 f"{title} is damaged: {layer_name}.{suffix} holds NaN or infinite values;"
                 " use another epoch or copy of this LoRA."

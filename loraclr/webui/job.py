@@ -1,18 +1,22 @@
-"""The merge as a job of the webui: from the filled-in form to a file in the LoRA folder."""
+"""The merge as a job of the webui: from a checked form to a file in the LoRA folder, and pictures of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from modules import progress, shared
+from PIL import Image
 
-from loraclr import files
+from loraclr import blocks, files, methods
 from loraclr.hosts.a1111 import A1111, report
-from loraclr.merging import Cancelled, Concept, Merge, Settings, merge, write
+from loraclr.merging import POLISH_STEPS, Cancelled, Concept, Merge, Settings, write
 from loraclr.prompts import Kind
-from loraclr.webui import library
+from loraclr.webui import library, pictures, target
+from loraclr.webui.pictures import Comparison
 
 # Jobs that were interrupted while another one was running before them.
 _called_off: set[str] = set()
@@ -20,49 +24,168 @@ _called_off: set[str] = set()
 
 @dataclass(frozen=True)
 class Row:
-    """One chosen LoRA as the form has it; `weight` is None if the user left it empty."""
+    """One chosen LoRA as the form has it.
+
+    Attributes:
+        weight: for the UNet; None if the user left it empty.
+        text_weight: for the text encoder; None: as `weight`.
+        blocks: block weights as a user writes them (see `loraclr.blocks`), "" for none.
+        prompts: what to look at, `{}` standing for the trigger; empty for the usual ones.
+    """
 
     name: str
-    trigger: str
-    weight: float | None
-    kind: Kind
+    trigger: str = ""
+    weight: float | None = 1.0
+    text_weight: float | None = None
+    kind: Kind = "subject"
+    blocks: str = ""
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that a merge is asked for, by the tab or by the API.
+
+    Attributes:
+        name: of the result; "" for one that is made up.
+        density: share of the weights that the methods which drop some keep.
+        draw: whether to draw pictures to compare afterwards.
+    """
+
+    rows: Sequence[Row]
+    name: str = ""
+    replace: bool = False
+    method: str = "loraclr"
+    settings: Settings = field(default_factory=Settings)
+    density: float = 0.5
+    draw: bool = True
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished merge and its file."""
+    """A finished merge, its file, and the pictures if any were asked for."""
 
     merge: Merge
     path: Path
+    comparison: Comparison | None = None
 
 
-def run(task: str, rows: Sequence[Row], name: str, replace: bool, settings: Settings) -> Done:
+class _Shown(A1111):
+    """The host, with every finished picture in the webui's live preview."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+        # Half-drawn pictures would be decoded beside the sampling: keep the webui from taking any to be due.
+        shared.state.current_image_sampling_step = 1_000_000
+        drawn = super().sample(*args, **kwargs)
+        if drawn:
+            shared.state.assign_current_image(drawn[0])
+        return drawn
+
+
+def run(task: str, order: Order) -> Done:
     """Merge the rows' LoRAs and list the result; inside the webui's queue only.
 
-    Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no file was written.
+    Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no file was written. Once it is written,
+    an interruption only ends the drawing.
     """
     if task in _called_off:
         _called_off.discard(task)
         raise Cancelled("The merge was interrupted.")
-    if len(rows) < 2:
+    path = check(order)
+    method = methods.METHODS[order.method]
+    host = _Shown()
+    concepts = [concept_of(row) for row in order.rows]
+    share = _share_of_merge(concepts, order)
+
+    def tell(stage: str, fraction: float, left: float | None = None) -> None:
+        report(stage, share * fraction, left)
+
+    if method.needs_model:
+        merged = methods.merge(host, concepts, order.method, order.settings, tell)
+    else:
+        options = methods.Options(order.settings.rank, order.density, seed=order.settings.seed)
+        # Some kinds of LoRA depend on the model's weights; those of another family do without, or say so.
+        modules = host.layers() if concepts[0].lora.family == host.family else None
+        merged = methods.combine(concepts, order.method, options, tell, modules)
+    write(merged, path, dtype=_dtype(), overwrite=order.replace)
+    host.publish(path)
+    fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
+    if not (order.draw and fits):  # a merge by weights alone may be for another checkpoint than the loaded one
+        return Done(merged, path)
+
+    def drawing(what: str, done: float) -> None:
+        report(what, share + (1 - share) * done)
+
+    comparison = pictures.compare(host, merged, order.settings, drawing)
+    _preview(comparison, path)
+    host.publish(path)
+    return Done(merged, path, comparison)
+
+
+def check(order: Order) -> Path:
+    """Where the result will be, if all that can be told without opening a file is right.
+
+    Raises ValueError, one sentence for the user.
+    """
+    if len(order.rows) < 2:
         raise ValueError(
-            "Choose two or more LoRAs to merge." if rows else "No LoRA is chosen yet: choose two or more above."
+            "Choose two or more LoRAs to merge." if order.rows else "No LoRA is chosen yet: choose two or more above."
         )
-    path = library.target(name, [row.name for row in rows], replace)
-    concepts = []
-    for row in rows:
+    if order.method not in methods.METHODS:
+        raise ValueError(f"There is no method {order.method}: choose one of {', '.join(methods.METHODS)}.")
+    if order.settings.rank == "auto" and not methods.METHODS[order.method].needs_model:
+        raise ValueError(f"The method {order.method} knows no automatic rank: choose a number, or exact.")
+    path = target.path_for(order.name, [row.name for row in order.rows], order.replace)
+    for row in order.rows:
+        library.path_of(row.name)
         if row.weight is None:
             raise ValueError(f"{row.name} has no weight; 1 is its usual strength.")
         if not row.trigger.strip():
             raise ValueError(f"{row.name} has no trigger words yet: write the words that call it into its row.")
-        concepts.append(
-            Concept(files.load(library.path_of(row.name)), row.trigger.strip(), float(row.weight), kind=row.kind)
-        )
-    host = A1111()
-    merged = merge(host, concepts, settings, report)
-    write(merged, path, overwrite=replace)
-    host.publish(path)
-    return Done(merged, path)
+    return path
+
+
+def concept_of(row: Row) -> Concept:
+    """A row's LoRA, read. Raises ValueError, one sentence that names it."""
+    lora = files.load(library.path_of(row.name))
+    weights = None
+    if row.blocks.strip():
+        try:
+            weights = blocks.block_weights(row.blocks, lora.family)
+        except ValueError as error:
+            raise ValueError(f"{row.name}: {error}") from error
+    return Concept(lora, row.trigger.strip(), float(row.weight), row.text_weight, row.kind, row.prompts, blocks=weights)
+
+
+def _dtype() -> torch.dtype:
+    """The number format that the user's settings ask for."""
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(shared.opts.data.get("loraclr_precision"), torch.float16)
+
+
+def _share_of_merge(concepts: Sequence[Concept], order: Order) -> float:
+    """How much of the whole work is the merge; the rest is the pictures."""
+    if not order.draw:
+        return 1.0
+    settings, drawing = order.settings, pictures.rows_through_unet(concepts, order.settings)
+    if not methods.METHODS[order.method].needs_model:
+        return 0.1
+    looked = 2 * sum(9 if not concept.prompts else len(concept.prompts) + 1 for concept in concepts) * settings.steps
+    return 1 - drawing / (drawing + looked + 3 * 32 * POLISH_STEPS[settings.speed])
+
+
+def _preview(comparison: Comparison, path: Path) -> None:
+    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Never replaces one."""
+    file = path.with_suffix(".preview.png")
+    found = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
+    drawn = [row.after[0] for row in comparison.concepts[:4]]
+    if not drawn or any(other.exists() for other in found) or not shared.opts.data.get("loraclr_preview", True):
+        return
+    width, height = drawn[0].size
+    columns = 1 if len(drawn) == 1 else 2
+    sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height))
+    for place, picture in enumerate(drawn):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
+    sheet.save(file)
 
 
 def interrupt(task: str) -> None:

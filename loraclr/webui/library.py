@@ -1,4 +1,4 @@
-"""The user's LoRA folder: what is in it, which words call each LoRA, and where a merged one may be written."""
+"""The user's LoRA folder: what is in it, and for which model family the webui believes each file to be."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import networks  # the webui's own LoRA extension
-from modules import extra_networks, shared
-from safetensors import SafetensorError, safe_open
+from modules import sd_models, shared
 
-from loraclr.lora import trigger_from
+from loraclr.keys import Family
 
-# Refused on some system, or by the webui's <lora:NAME:1>.
-_UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_LONGEST = 120  # characters of a name; file systems allow 255 bytes
+# The webui lists neither; ED-LoRA's files are of the first kind.
+_UNLISTED = (".pth", ".bin")
+_VERSIONS: dict[str, Family] = {"SD1": "sd1", "SD2": "sd2", "SDXL": "sdxl"}
+_TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>")
 
 
-def names() -> list[str]:
-    """Every LoRA that the webui lists, by the name that `<lora:NAME:1>` takes."""
-    return sorted(networks.available_networks, key=str.casefold)
+def names(family: Family | None = None) -> list[str]:
+    """Every LoRA by the name that `<lora:NAME:1>` takes; those that only we can read, by their file names.
+
+    With a family, those that the webui believes to be of another one are left out. Nothing is opened for that.
+    """
+    listed = [name for name in networks.available_networks if family in (None, believed(name) or family)]
+    more = [path.name for path in _unlisted()] if family in (None, "sd1") else []
+    return sorted({*listed, *more}, key=str.casefold)
 
 
 def refresh() -> None:
@@ -31,64 +35,65 @@ def refresh() -> None:
 def path_of(name: str) -> Path:
     """The file of a LoRA. Raises ValueError if it is gone."""
     entry = networks.available_networks.get(name)
-    if entry is None or not Path(entry.filename).is_file():
+    path = Path(entry.filename) if entry is not None else next((p for p in _unlisted() if p.name == name), None)
+    if path is None or not path.is_file():
         raise ValueError(f"{name} is no longer in the LoRA folder; press the refresh button and choose again.")
-    return Path(entry.filename)
-
-
-def trigger_of(name: str) -> str:
-    """The words that most likely call a LoRA: the user's activation text, else what its metadata tells, else ""."""
-    entry = networks.available_networks.get(name)
-    if entry is None:
-        return ""
-    noted = extra_networks.get_user_metadata(entry.filename).get("activation text", "")
-    if isinstance(noted, str) and noted.strip():
-        return noted.strip()
-    try:
-        with safe_open(entry.filename, framework="pt") as file:
-            return trigger_from(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return ""  # the merge will say what is wrong with the file
-
-
-def target(name: str, sources: Sequence[str], replace: bool) -> Path:
-    """Where to write a merged LoRA: always directly in the LoRA folder.
-
-    An empty name is made up from the sources'. Raises ValueError, one sentence, for a name that cannot be used, or that
-    is taken: a file is replaced only if `replace` is set, and never one of the sources.
-    """
-    name = name.strip().removesuffix(".safetensors")
-    if not name:
-        return _folder() / f"{_made_up(sources)}.safetensors"
-    unusable = sorted(set(_UNUSABLE.findall(name)))
-    if unusable:
-        shown = " ".join(char if char.isprintable() else repr(char) for char in unusable)
-        raise ValueError(f"The name must not contain {shown}; choose another one.")
-    if name.startswith(".") or name.endswith((".", " ")) or _DEVICES.fullmatch(name):
-        raise ValueError(f'"{name}" cannot be used as a file name; choose another one.')
-    if len(name) > _LONGEST:
-        raise ValueError(f"The name is {len(name)} characters long; use at most {_LONGEST}.")
-    path = _folder() / f"{name}.safetensors"
-    if name in sources:
-        raise ValueError(f"{name} is one of the LoRAs to merge; choose another name for the result.")
-    if path.exists() and not replace:
-        raise ValueError(f'{path.name} exists already; choose another name, or tick "Replace an existing file".')
-    listed = networks.available_networks.get(name)
-    if listed is not None and Path(listed.filename).resolve() != path.resolve():
-        raise ValueError(f"The webui already lists another LoRA as {name} ({listed.filename}); choose another name.")
     return path
 
 
-def _folder() -> Path:
+def believed(name: str) -> Family | None:
+    """The family that the webui takes a LoRA to be of, by its metadata; None if it does not know."""
+    entry = networks.available_networks.get(name)
+    return None if entry is None else _VERSIONS.get(entry.sd_version.name)
+
+
+def loaded_family() -> Family | None:
+    """The family of the checkpoint that is loaded now; None if none is, or one of another kind."""
+    model = sd_models.model_data.sd_model
+    for family in ("sdxl", "sd2", "sd1"):
+        if model is not None and getattr(model, f"is_{family}", False):
+            return family
+    return None
+
+
+def loaded_name() -> str:
+    """The name of the checkpoint that is loaded now, "" if none is."""
+    model = sd_models.model_data.sd_model
+    return "" if model is None else model.sd_checkpoint_info.name_for_extra
+
+
+def named_in(prompt: str) -> dict[str, tuple[float, float | None]]:
+    """The LoRAs that a prompt's tags name, with their weights for the UNet and, where it is another, the text encoder.
+
+    As the webui reads ``<lora:NAME:TE:UNET>`` and ``<lora:NAME:te=…:unet=…>``; a name may be an alias.
+    """
+    found = {}
+    for tag in _TAG.finditer(prompt):
+        entry = networks.available_network_aliases.get(tag[1])
+        text, unet = _weights((tag[2] or "").split(":"))
+        found[tag[1] if entry is None else entry.name] = (unet, None if text == unet else text)
+    return found
+
+
+def _weights(words: Sequence[str]) -> tuple[float, float]:
+    """Strength for the text encoder and the UNet, from what stands behind a tag's name; 1 for what is no number."""
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    plain = [word for word in words if word and "=" not in word]
+    text = _number(named.get("te", plain[0] if plain else ""), 1.0)
+    return text, _number(named.get("unet", plain[1] if len(plain) > 1 else ""), text)
+
+
+def _number(word: str, otherwise: float) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return otherwise
+
+
+def _unlisted() -> list[Path]:
+    return [Path(path) for path in shared.walk_files(folder(), allowed_extensions=_UNLISTED)]
+
+
+def folder() -> Path:
+    """Where the webui's LoRAs are."""
     return Path(shared.cmd_opts.lora_dir)
-
-
-def _made_up(sources: Sequence[str]) -> str:
-    """A free name, after the LoRAs that are merged."""
-    base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
-    taken = {name.casefold() for name in networks.available_networks}
-    number, name = 1, base
-    while name.casefold() in taken or (_folder() / f"{name}.safetensors").exists():
-        number += 1
-        name = f"{base}-{number}"
-    return name

@@ -55,6 +55,10 @@ def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
     assert tab.prompt == f"<lora:zoo:1> {TIGER.trigger}, {PANDA.trigger}"
     listed = {lora["name"]: lora for lora in webui.ask("/sdapi/v1/loras")}
     assert Path(listed["zoo"]["path"]) == webui.loras / "zoo.safetensors"
+    shown = tab.page.locator("#loraclr_result.prose .loraclr-pictures img")
+    assert shown.count() == 2 * 2 * (2 + 1), "two seeds before and after, of two concepts and of both together"
+    assert (webui.loras / "zoo.preview.png").exists()
+    assert tab.page.locator("#loraclr_result.prose .loraclr-share").count() == 4, "kept and bled, for each concept"
     sidecar = json.loads((webui.loras / "zoo.json").read_text())
     assert sidecar["activation text"] == f"{TIGER.trigger}, {PANDA.trigger}"
 
@@ -235,7 +239,7 @@ def test_reload_ui(webui: Webui, tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 1920])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
 def test_screenshots(webui: Webui, chromium: Any, shots: Path, theme: str, width: int) -> None:
     """Nothing sticks out sideways; the pictures are for a person."""
     tab = Tab(webui, chromium, theme, width)
@@ -245,7 +249,14 @@ def test_screenshots(webui: Webui, chromium: Any, shots: Path, theme: str, width
     tab.page.locator("#loraclr_advanced > .label-wrap").click()
     tab.page.wait_for_timeout(300)
     tab.page.screenshot(path=shots / f"tab_{width}_{theme}_advanced.png", full_page=True)
-    assert tab.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    # On a phone the webui's own tabs are wider than the window.
+    assert width < 1280 or tab.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    beyond = """() => {
+        const edge = document.getElementById("tab_loraclr").getBoundingClientRect().right + 1;
+        const parts = [...document.querySelectorAll("#loraclr_form .loraclr-concept *")];
+        return parts.filter(part => part.offsetParent && part.getBoundingClientRect().right > edge).length;
+    }"""
+    assert tab.page.evaluate(beyond) == 0
     tab.page.close()
 
 

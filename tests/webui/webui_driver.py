@@ -191,6 +191,19 @@ class Tab:
         self.start()
         return self.finish(seconds)
 
+    def facts(self, number: int) -> str:
+        """What a row says about its LoRA."""
+        return self.page.locator(f"#loraclr_facts_{number}.prose").inner_text()
+
+    def names(self) -> list[str]:
+        """The LoRAs of the rows, in order."""
+        return self.page.locator(".loraclr-concept:visible .loraclr-name span").all_inner_texts()
+
+    def settle(self) -> None:
+        """Wait until the page has heard back from the server."""
+        self.page.wait_for_timeout(1000)
+        self.page.wait_for_function("() => !document.querySelector('#tab_loraclr .pending')")
+
     @property
     def prompt(self) -> str:
         """The prompt that uses the result."""

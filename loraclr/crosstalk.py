@@ -1,0 +1,55 @@
+"""Cross-talk: how much of what the other LoRAs do shows where one concept is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loraclr.capture import Bank, Changes, applied
+from loraclr.hosts import Host
+
+
+@torch.no_grad()
+def crosstalk(
+    host: Host,
+    modules: Mapping[str, nn.Module],
+    asked: Sequence[Changes],
+    merged: Changes,
+    place: int,
+    bank: Bank,
+    rows: int = 4,
+) -> list[float]:
+    """For concept `place`, the share of every other LoRA's effect that the merged one lets into its pictures.
+
+    With e_j = ε_j − ε_base, the effect of LoRA j on what the UNet predicts for this concept's prompt, the merged effect
+    e is its own e_i and something besides; entry j is the coefficient of that rest along e_j,
+    ⟨e − e_i, e_j⟩ / ‖e_j‖². LoRAs that are stacked and do not disturb each other give 1, a LoRA alone gives 0. A
+    negative share is an effect turned round.
+
+    Args:
+        asked: each LoRA's changes.
+        bank: UNet calls of the concept's own pictures; `rows` of them, spread over the steps, are looked at.
+    Returns:
+        One number for each LoRA, NaN for the concept itself and for LoRAs that do nothing there.
+    """
+    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
+    entries = entries[:: max(1, len(entries) // rows)][:rows]
+    if not entries:
+        return [float("nan")] * len(asked)
+
+    def predicted(changes: Changes) -> Tensor:
+        with applied(modules, changes):
+            context = host.encode([bank.prompts[bank.prompt[entry]] for entry in entries])
+            x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
+            return host.predict(x, t, context).double().flatten().cpu()
+
+    base = predicted({})
+    rest = predicted(merged) - predicted(asked[place])
+    shares = []
+    for other, changes in enumerate(asked):
+        effect = predicted(changes) - base if other != place else torch.zeros_like(base)
+        size = effect.square().sum().item()
+        shares.append((rest @ effect).item() / size if size > 0 else float("nan"))
+    return shares

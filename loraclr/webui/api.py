@@ -1,0 +1,173 @@
+"""The API: /loraclr/v1/, the same merges as the tab's, in the same queue. There if the webui runs with --api."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from dataclasses import dataclass, field
+from secrets import compare_digest
+from typing import Any
+
+import torch
+from fastapi import Body, Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from modules import errors, progress, shared
+from modules.call_queue import queue_lock
+
+from loraclr.merging import Cancelled
+from loraclr.methods import METHODS
+from loraclr.webui import card, job, library, orders
+from loraclr.webui.job import Done, Order
+
+_REMEMBERED = 64  # jobs
+
+
+@dataclass
+class Job:
+    """A merge that was asked for.
+
+    Attributes:
+        state: queued, running, done, failed or cancelled.
+        error: why it failed, one sentence.
+    """
+
+    task: str
+    order: Order
+    state: str = "queued"
+    error: str = ""
+    done: Done | None = None
+    thread: threading.Thread | None = field(default=None, repr=False)
+
+
+_jobs: dict[str, Job] = {}
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add the routes, behind the same user names and passwords as the webui's own (--api-auth)."""
+    if not (shared.cmd_opts.api or shared.cmd_opts.nowebui):
+        return
+    guard = [Depends(_authorised)] if shared.cmd_opts.api_auth else []
+    for method, path, endpoint in (
+        ("GET", "loras", loras),
+        ("GET", "loras/{name:path}", lora),
+        ("POST", "merge", merge),
+        ("GET", "jobs/{task}", status),
+        ("POST", "jobs/{task}/cancel", cancel),
+        ("GET", "methods", methods),
+        ("GET", "schema", orders.schema),
+    ):
+        app.add_api_route(f"/loraclr/v1/{path}", endpoint, methods=[method], dependencies=guard)
+
+
+def _authorised(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 (how fastapi is told)
+    """Refuse whoever is not named by --api-auth, which lists user:password, separated by commas."""
+    for entry in shared.cmd_opts.api_auth.split(","):
+        user, _, password = entry.partition(":")
+        right = [
+            compare_digest(a.encode(), b.encode()) for a, b in ((given.username, user), (given.password, password))
+        ]
+        if all(right):
+            return
+    raise HTTPException(401, "Incorrect user name or password.", {"WWW-Authenticate": "Basic"})
+
+
+def loras() -> list[dict[str, Any]]:
+    """Every LoRA, and the family that the webui takes it to be of."""
+    return [
+        {"name": name, "path": str(library.path_of(name)), "family": library.believed(name)} for name in library.names()
+    ]
+
+
+def lora(name: str) -> dict[str, Any]:
+    """What one LoRA is, and what is wrong with it."""
+    try:
+        found = card.of(library.path_of(name))
+    except ValueError as error:
+        raise HTTPException(404, str(error)) from error
+    return {
+        "name": name,
+        "family": None if found.lora is None else found.lora.family,
+        "facts": found.facts,
+        "trigger": found.trigger,
+        "problem": found.wrong(library.loaded_family()),
+        "unused": [] if found.lora is None else list(found.lora.unused),
+    }
+
+
+def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi is told)
+    """Put a merge into the webui's queue; what is wrong with it is said at once."""
+    try:
+        asked = orders.parse(order)
+        job.check(asked)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
+    wanted = Job(f"task(loraclr-{secrets.token_hex(6)})", asked)
+    for old in [task for task, other in _jobs.items() if other.state not in ("queued", "running")][:-_REMEMBERED]:
+        del _jobs[old]
+    _jobs[wanted.task] = wanted
+    progress.add_task_to_queue(wanted.task)
+    wanted.thread = threading.Thread(target=_work, args=[wanted], daemon=True)
+    wanted.thread.start()
+    return {"job": wanted.task}
+
+
+def status(task: str) -> dict[str, Any]:
+    """How far a job is, and what came of it."""
+    found = _found(task)
+    answer: dict[str, Any] = {"job": task, "state": found.state}
+    if found.state == "running":
+        count = shared.state.job_count
+        answer |= {"stage": shared.state.textinfo, "progress": shared.state.job_no / count if count > 0 else 0.0}
+    if found.state == "failed":
+        answer["error"] = found.error
+    if found.done is not None:
+        made = found.done.merge
+        answer |= {
+            "name": found.done.path.stem,
+            "path": str(found.done.path),
+            "prompt": made.prompt(found.done.path.stem),
+            "kept": {name: max(0.0, 1 - after) for name, (_, after) in made.missed.items()},
+            "seconds": made.seconds,
+        }
+    return answer
+
+
+def cancel(task: str) -> dict[str, Any]:
+    """Stop a job that runs or waits; its state says "cancelled" soon after."""
+    _found(task)
+    job.interrupt(task)
+    return status(task)
+
+
+def methods() -> dict[str, str]:
+    """The ways of merging, a sentence on each."""
+    return {name: method.text for name, method in METHODS.items() if method.offered}
+
+
+def _found(task: str) -> Job:
+    if task not in _jobs:
+        raise HTTPException(404, f"There is no job {task}.")
+    return _jobs[task]
+
+
+def _work(wanted: Job) -> None:
+    """Wait for the queue, then merge, as the tab's button does."""
+    with queue_lock:
+        shared.state.begin(job=wanted.task)
+        progress.start_task(wanted.task)
+        wanted.state = "running"
+        try:
+            wanted.done = job.run(wanted.task, wanted.order)
+            wanted.state = "done"
+        except Cancelled:
+            wanted.state = "cancelled"
+        except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+            wanted.state, wanted.error = "failed", " ".join(str(error).split())
+        except Exception:  # noqa: BLE001 (the thread's end; the log has the rest)
+            errors.report("LoRACLR Merge failed", exc_info=True)
+            wanted.state, wanted.error = "failed", "The merge failed; the webui's log says where."
+        finally:
+            progress.finish_task(wanted.task)
+            shared.state.end()
+            shared.state.skipped = shared.state.interrupted = shared.state.stopping_generation = False
+            shared.state.job_count = 0

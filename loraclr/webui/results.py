@@ -1,0 +1,222 @@
+"""The result's panel: what was written, the prompt that uses it, how much was kept, pictures, figures and downloads."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from loraclr import report
+from loraclr.merging import Merge
+from loraclr.report import Gallery, Shot, Table
+from loraclr.webui import pictures
+from loraclr.webui.job import Done
+from loraclr.webui.pictures import Comparison
+
+WELCOME = (
+    '<div class="loraclr-note">'
+    "<p>The result appears here: a LoRA file in your LoRA folder, and the prompt that uses it.</p>"
+    "<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the "
+    "one LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"
+)
+KEPT = "How much of the LoRA's effect on the model's predictions the merged one has, on a picture kept aside"
+BLED = "The largest share of another LoRA's effect in this concept's pictures; stacked LoRAs have about 100 %"
+#: From what share of its effect on a concept counts as kept, and as weaker. A choice, not a measurement.
+_GOOD, _FAIR = 0.8, 0.6
+
+
+class Panel:
+    """The components; `outputs` are what a finished job fills, in the order of `filled` and `failed`."""
+
+    def __init__(self) -> None:
+        with gr.Group(elem_id="loraclr_result_panel"):
+            self.result = gr.HTML(WELCOME, elem_id="loraclr_result")
+        with gr.Column(visible=False, elem_id="loraclr_use") as self.use:
+            self.made = gr.State({})  # the result's name, and the trigger words of its LoRAs
+            self.subset = gr.CheckboxGroup([], label="Concepts in the prompt", elem_id="loraclr_subset")
+            self.prompt = gr.Textbox(
+                label="Prompt that uses it", lines=2, show_copy_button=True, interactive=True, elem_id="loraclr_prompt"
+            )
+            self.send = gr.Button("Send to txt2img", elem_id="loraclr_send")
+            self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
+            with gr.Accordion("Details", open=False, elem_id="loraclr_details"):
+                self.details = gr.HTML(elem_id="loraclr_figures")
+        for component in (self.prompt, self.subset, self.downloads):
+            component.do_not_save_to_config = True
+        self.subset.change(
+            fn=_prompt, inputs=[self.made, self.subset], outputs=[self.prompt], show_progress=False, queue=False
+        )
+        self.send.click(fn=None, _js="loraclrSend", inputs=[self.prompt], outputs=[])
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.use, self.made, self.subset, self.prompt, self.details, self.downloads, self.result]
+
+
+def filled(done: Done) -> list[Any]:
+    """The panel of a finished merge."""
+    triggers = {concept.lora.name: concept.trigger for concept in done.merge.concepts}
+    made = {"name": done.path.stem, "triggers": triggers}
+    return [
+        gr.update(visible=True),
+        made,
+        gr.update(choices=list(triggers), value=list(triggers)),
+        done.merge.prompt(done.path.stem),
+        "".join(_html(table) for table in tables(done)),
+        [str(path) for path in downloads(done)],
+        summary(done),
+    ]
+
+
+def unfilled() -> list[Any]:
+    """The panel without an earlier merge's prompt; its last part, what to say instead, is left out."""
+    return [gr.update(visible=False), *[gr.update()] * 5]
+
+
+def _prompt(made: dict[str, Any], names: Sequence[str]) -> str:
+    """The prompt for some of the concepts, in the merge's order."""
+    words = [words for name, words in made.get("triggers", {}).items() if name in names]
+    return f"<lora:{made.get('name', '')}:1> {', '.join(words)}".rstrip()
+
+
+def summary(done: Done) -> str:
+    """What was made, and how well it does what each LoRA does alone."""
+    merge, size = done.merge, done.path.stat().st_size / 2**20
+    bled = [_bled(shares) for shares in done.comparison.crosstalk] if done.comparison else []
+    bled += [None] * (len(merge.concepts) - len(bled))
+    lines = [
+        _bar(concept.lora.name, concept.trigger, _kept(merge, concept.lora.name), share)
+        for concept, share in zip(merge.concepts, bled, strict=True)
+    ]
+    stopped = done.comparison is not None and not done.comparison.complete
+    notes = [*merge.notes, *(["The drawing ended early; the file is complete."] if stopped else [])]
+    note = "".join(f"<p>{escape(line)}</p>" for line in notes)
+    return f"""<div class="loraclr-note loraclr-done">
+<p><b>{escape(done.path.stem)}</b> is ready: {len(merge.concepts)} LoRAs in one, {merge.ranks}, {size:.1f} MB.</p>
+<p class="loraclr-path">{escape(str(done.path))}</p>{note}
+<div class="loraclr-bars">{"".join(lines)}</div>{_gallery(done.comparison)}</div>"""
+
+
+def _kept(merge: Merge, name: str) -> float | None:
+    """The share of a LoRA's effect that the merge has; None for a method that did not look at the model."""
+    return max(0.0, 1 - merge.missed[name][1]) if name in merge.missed else None
+
+
+def _bled(shares: Sequence[float]) -> float | None:
+    """The largest share of another LoRA's effect in a concept's pictures."""
+    return max((abs(share) for share in shares if not math.isnan(share)), default=None)
+
+
+def _bar(name: str, trigger: str, kept: float | None, bled: float | None) -> str:
+    """A concept's line: its name and words, and a bar with a verdict for what was kept and for what bled in."""
+    line = f'<div class="loraclr-of"><b>{escape(name)}</b> <code>{escape(trigger)}</code></div>'
+    if kept is not None:
+        look, verdict = ("good", "kept") if kept >= _GOOD else ("fair", "weaker") if kept >= _FAIR else ("poor", "weak")
+        line += _share(kept, look, f"{kept:.0%} {verdict}", KEPT)
+    if bled is not None:
+        look = "good" if bled <= 1 - _GOOD else "fair" if bled <= 1 - _FAIR else "poor"
+        line += _share(bled, look, f"{bled:.0%} bled in", BLED)
+    return line
+
+
+def _share(share: float, look: str, verdict: str, about: str) -> str:
+    return (
+        f'<div class="loraclr-share {look}" title="{escape(about)}">'
+        f'<span><i style="width:{min(share, 1):.0%}"></i></span> {escape(verdict)}</div>'
+    )
+
+
+def _gallery(comparison: Comparison | None) -> str:
+    """The pictures, each row the same seeds before and after."""
+    if comparison is None or not (comparison.concepts or comparison.scenes):
+        return ""
+    parts = []
+    for title, before, rows in _galleries(comparison):
+        lines = "".join(
+            f'<div class="loraclr-label"><b>{escape(row.label)}</b> <small>{escape(row.prompt)}</small></div>'
+            f"<div>{_images(row.before)}</div><div>{_images(row.after)}</div>"
+            for row in rows
+        )
+        head = f"<div>{escape(before)}</div><div>{escape(pictures.MERGED)}</div>"
+        parts.append(f'<h4>{escape(title)}</h4><div class="loraclr-pictures">{head}{lines}</div>')
+    return "".join(parts)
+
+
+def _galleries(comparison: Comparison) -> list[tuple[str, str, Sequence[pictures.Row]]]:
+    every = [
+        ("Each concept, with the same seeds", pictures.ALONE, comparison.concepts),
+        ("Two in one picture, with the same seeds", pictures.TOGETHER, comparison.scenes),
+    ]
+    return [part for part in every if part[2]]
+
+
+def _images(drawn: Sequence[Image.Image]) -> str:
+    return "".join(f'<img src="{report.inline(picture, 90)}" alt="">' for picture in drawn)
+
+
+def tables(done: Done) -> list[Table]:
+    """The figures behind the summary."""
+    merge, found = done.merge, []
+    if merge.missed:
+        rows = [(name, f"{1 - closed:.1%}", f"{1 - polished:.1%}") for name, (closed, polished) in merge.missed.items()]
+        found.append(Table("Effect kept", ("LoRA", "closed form", "after the polish"), rows, f"{KEPT}."))
+    if done.comparison and done.comparison.crosstalk:
+        names = [concept.lora.name for concept in merge.concepts]
+        rows = [
+            (name, *("–" if math.isnan(share) else f"{share:.0%}" for share in shares))
+            for name, shares in zip(names, done.comparison.crosstalk, strict=False)
+        ]
+        note = "How much of the column's LoRA shows in pictures of the row's concept; stacked LoRAs have about 100 %."
+        found.append(Table("Bled in", ("concept", *names), rows, note))
+    counts = Counter(layer.rank or 0 for layer in merge.layers.values())
+    rows = [(str(rank) if rank else "norm layers", str(number)) for rank, number in sorted(counts.items())]
+    found.append(Table("Ranks", ("rank", "layers"), rows))
+    seconds = [(stage, f"{time:.1f} s") for stage, time in merge.seconds.items()]
+    found.append(Table("Time", ("stage", "time"), [*seconds, ("all", f"{sum(merge.seconds.values()):.1f} s")]))
+    settings = [(name.replace("_", " "), _shown(value)) for name, value in merge.recipe()["settings"].items()]
+    found.append(Table("Settings", ("setting", "value"), [("method", merge.method), *settings]))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    note = f"<p class='loraclr-path'>{escape(table.note)}</p>" if table.note else ""
+    return f"<h4>{escape(table.title)}</h4>{note}<table><tr>{head}</tr>{body}</table>"
+
+
+def page(done: Done) -> str:
+    """The report: one HTML document that needs nothing else."""
+    names = ", ".join(concept.lora.name for concept in done.merge.concepts)
+    lead = f"{names} in one LoRA. Prompt: {done.merge.prompt(done.path.stem)}"
+    galleries = [
+        Gallery(
+            title,
+            [f"{what} · {number + 1}" for what in (before, pictures.MERGED) for number in range(len(rows[0].before))],
+            [(row.label, row.prompt, [Shot(p) for p in (*row.before, *row.after)]) for row in rows],
+            "The same seed has the same number.",
+        )
+        for title, before, rows in (_galleries(done.comparison) if done.comparison else [])
+    ]
+    return report.page(done.path.stem, lead, [*galleries, *tables(done)])
+
+
+def downloads(done: Done) -> list[Path]:
+    """The report and the recipe as files in a temporary folder of their own."""
+    folder = Path(tempfile.mkdtemp(prefix="loraclr-"))
+    files = [folder / f"{done.path.stem}.html", folder / f"{done.path.stem} recipe.json"]
+    files[0].write_text(page(done), encoding="utf-8")
+    files[1].write_text(json.dumps(done.merge.recipe(), indent=2, ensure_ascii=False, default=list), encoding="utf-8")
+    return files

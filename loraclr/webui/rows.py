@@ -1,0 +1,271 @@
+"""The chosen LoRAs, and a row for each: what it is, what is wrong with it, and what the user says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+from modules.ui_components import FormRow, ToolButton
+
+from loraclr.webui import card, job, library
+from loraclr.webui.card import Card
+from loraclr.webui.settings import lines_of
+
+MOST = 32  # rows of the form: gradio 3 cannot add components to a page
+KINDS = ("Subject", "Style")
+#: What a row asks for, and its value if nothing is known.
+FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
+
+HEADING = (
+    '<div class="loraclr-columns"><span>LoRA</span><span>Trigger words</span><span>Weight</span>'
+    '<span title="Weight for the text encoder; empty: the same">Text enc.</span><span>Kind</span></div>'
+)
+EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
+NOTHING = "<p>There is no LoRA yet. Put some into this folder, then press the refresh button:</p><code>{folder}</code>"
+OTHER = (
+    "<p>The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL; choose one of these at the top of the page first.</p>"
+)
+
+
+class Rows:
+    """The components of the choice."""
+
+    def __init__(self) -> None:
+        with FormRow(elem_id="loraclr_choice"):
+            self.chosen = gr.Dropdown(
+                library.names(),
+                value=[],
+                multiselect=True,
+                label="LoRAs to merge",
+                info="Type to search.",
+                elem_id="loraclr_loras",
+            )
+            self.refresh = ToolButton(
+                "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
+            )
+        with gr.Row(elem_id="loraclr_choosing"):
+            self.taken = gr.Button("Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take")
+            self.every = gr.Checkbox(
+                False, label="LoRAs for other model families too", elem_id="loraclr_every", container=False
+            )
+            self.more = gr.Checkbox(
+                False, label="Show block weights and prompts", elem_id="loraclr_more", container=False
+            )
+        for component in (self.chosen, self.more):
+            component.do_not_save_to_config = True
+        # Pressed by the page's script when the tab is opened: another checkpoint may be loaded by now.
+        self.look = gr.Button("…", elem_id="loraclr_look", elem_classes=["loraclr-unseen"])
+        self.elsewhere = gr.Textbox(visible=False, elem_id="loraclr_elsewhere")  # the script puts the prompt there
+        self.elsewhere.do_not_save_to_config = True
+        self.shown = gr.State([])
+        self.heading = gr.HTML(_invitation(), elem_id="loraclr_heading")
+        self.rows: list[Any] = []
+        self.names: list[Any] = []
+        self.facts: list[Any] = []
+        self.columns: dict[str, list[Any]] = {field: [] for field in FIELDS}
+        for place in range(MOST):
+            self._add_row(place)
+        self._wire()
+
+    @property
+    def fields(self) -> list[Any]:
+        """What the user fills in: all trigger words, then all weights, and so on."""
+        return [component for column in self.columns.values() for component in column]
+
+    @property
+    def seeing(self) -> dict[str, Any]:
+        """What an event needs that calls `seen`."""
+        return {
+            "inputs": [self.chosen, self.every],
+            "outputs": [self.chosen, self.heading, *self.facts],
+            "show_progress": False,
+        }
+
+    @property
+    def arranged(self) -> list[Any]:
+        """What `arranged` fills."""
+        return [self.shown, self.heading, *self.rows, *self.names, *self.facts, *self.fields]
+
+    def _wire(self) -> None:
+        self.chosen.change(
+            fn=arrange, inputs=[self.chosen, self.shown, *self.fields], outputs=self.arranged, show_progress=False
+        )
+        for happens, fn in ((self.refresh.click, refreshed), (self.every.change, seen), (self.look.click, seen)):
+            happens(fn, **self.seeing)
+        self.taken.click(
+            fn=take,
+            _js="loraclrTake",
+            inputs=[self.elsewhere, self.chosen, self.shown, *self.fields],
+            outputs=[self.chosen, *self.arranged],
+            show_progress=False,
+        )
+        self.more.change(fn=None, _js="loraclrMore", inputs=[self.more], outputs=[])
+
+    def _add_row(self, place: int) -> None:
+        number = place + 1
+        with gr.Row(visible=False, elem_id=f"loraclr_concept_{number}", elem_classes=["loraclr-concept"]) as row:
+            self.names.append(gr.HTML(elem_id=f"loraclr_concept_name_{number}", elem_classes=["loraclr-name"]))
+            made = {
+                "trigger": _text(
+                    f"Trigger words of LoRA {number}", f"loraclr_trigger_{number}",
+                    "none is noted in the file: write the words that call it", "loraclr-trigger",
+                ),
+                "weight": gr.Number(
+                    1.0, step=0.05, label=f"Weight of LoRA {number}", elem_id=f"loraclr_weight_{number}",
+                    show_label=False, container=False, min_width=40,
+                ),
+                "text_weight": _text(f"Text encoder weight of LoRA {number}", f"loraclr_text_weight_{number}", "same"),
+                "kind": gr.Dropdown(
+                    KINDS, value=KINDS[0], label=f"Kind of LoRA {number}", elem_id=f"loraclr_kind_{number}",
+                    show_label=False, container=False, min_width=60,
+                ),
+            }  # fmt: skip
+            with gr.Row(elem_classes=["loraclr-moves"]):
+                for sign, what, script in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
+                    button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}", tooltip=f"{what} this LoRA")
+                    button.click(
+                        fn=None, _js=f"(chosen) => {script}(chosen, {place})", inputs=[self.chosen],
+                        outputs=[self.chosen],
+                    )  # fmt: skip
+            self.facts.append(gr.HTML(elem_id=f"loraclr_facts_{number}", elem_classes=["loraclr-facts"]))
+            made["blocks"] = _text(
+                f"Block weights of LoRA {number}", f"loraclr_blocks_{number}",
+                "block weights: 17 numbers, or OUT03-OUT05=0.5", "loraclr-extra",
+            )  # fmt: skip
+            made["prompts"] = _text(
+                f"Prompts to look at of LoRA {number}", f"loraclr_prompts_{number}",
+                "prompts to look at, one a line, {} stands for the trigger; empty: the usual ones", "loraclr-extra", 2,
+            )  # fmt: skip
+        self.rows.append(row)
+        for field, component in made.items():
+            component.do_not_save_to_config = True
+            self.columns[field].append(component)
+
+
+def _text(label: str, elem_id: str, placeholder: str, look: str = "", lines: int = 1) -> Any:
+    return gr.Textbox(
+        label=label, elem_id=elem_id, placeholder=placeholder, elem_classes=[look] if look else None, lines=lines,
+        show_label=False, container=False, max_lines=4 * lines - 3, min_width=40,
+    )  # fmt: skip
+
+
+def seen(chosen: list[str], every: bool) -> list[Any]:
+    """What there is to choose from, and what is chosen, as files and checkpoint are now."""
+    names = library.names(None if every else library.loaded_family())
+    return [gr.update(choices=names), HEADING if chosen else _invitation(), *_facts(chosen or [])]
+
+
+def refreshed(chosen: list[str], every: bool) -> list[Any]:
+    """The same, after another look into the folder."""
+    library.refresh()
+    return seen(chosen, every)
+
+
+def arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
+    """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote."""
+    chosen = (chosen or [])[:MOST]
+    return arranged(chosen, dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
+
+
+def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
+    """Rows for the LoRAs that the prompt names, at its weights; trigger words that stand there already are kept."""
+    known = dict(zip(shown, zip(*_columns(fields), strict=True), strict=False))
+    there = set(library.names())
+    named = {name: weights for name, weights in library.named_in(prompt or "").items() if name in there}
+    if not named:
+        gr.Warning("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>.")
+        return [chosen, *arranged((chosen or [])[:MOST], known)]
+    lines = {}
+    for name, (weight, text_weight) in named.items():
+        trigger, _, _, *rest = known.get(name) or _guess(name)
+        lines[name] = (trigger, weight, "" if text_weight is None else f"{text_weight:g}", *rest)
+    return [list(named), *arranged(list(named)[:MOST], lines)]
+
+
+def arranged(chosen: list[str], known: dict[str, Sequence[Any]]) -> list[Any]:
+    """The rows of what is chosen: its own fields where they are known, else what the files tell."""
+    lines = [known.get(name) or _guess(name) for name in chosen]
+    lines += [tuple(FIELDS.values())] * (MOST - len(chosen))
+    return [
+        chosen,
+        HEADING if chosen else _invitation(),
+        *(gr.update(visible=place < len(chosen)) for place in range(MOST)),
+        *(_title(name) for name in chosen),
+        *[""] * (MOST - len(chosen)),
+        *_facts(chosen),
+        *(value for column in zip(*lines, strict=True) for value in column),
+    ]
+
+
+def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
+    """What the rows ask for. Raises ValueError, one sentence that names the LoRA."""
+    if len(chosen) > MOST:
+        raise ValueError(f"{len(chosen)} LoRAs are chosen; the tab merges up to {MOST} at a time.")
+    rows = []
+    for name, *values in zip(chosen, *_columns(fields), strict=False):
+        row = dict(zip(FIELDS, values, strict=True))
+        try:
+            text_weight = float(row["text_weight"]) if str(row["text_weight"] or "").strip() else None
+        except ValueError as error:
+            raise ValueError(f'{name} has text encoder weight "{row["text_weight"]}": give it a number.') from error
+        looked = lines_of(row["prompts"])
+        kind, weights = row["kind"].lower(), row["blocks"] or ""
+        rows.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
+    return rows
+
+
+def card_of(name: str) -> Card:
+    """What the file of a LoRA is."""
+    try:
+        return card.of(library.path_of(name))
+    except ValueError as error:
+        return Card(None, str(error), "", 0.0, None)
+
+
+def _columns(fields: Sequence[Any]) -> list[Sequence[Any]]:
+    """The values of each field for all rows."""
+    return [fields[MOST * place : MOST * (place + 1)] for place in range(len(FIELDS))]
+
+
+def _guess(name: str) -> tuple[Any, ...]:
+    """What a LoRA that was just chosen is filled in with."""
+    trigger = card_of(name).trigger
+    kind = KINDS["style" in f"{name} {trigger}".casefold()]
+    return tuple((FIELDS | {"trigger": trigger, "kind": kind}).values())
+
+
+def _invitation() -> str:
+    if library.loaded_name() and library.loaded_family() is None:
+        return OTHER
+    return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
+
+
+def _title(name: str) -> str:
+    thumbnail = card_of(name).thumbnail
+    return f'{_picture(thumbnail)}<span title="{escape(name)}">{escape(name)}</span>'
+
+
+def _picture(file: Path | None) -> str:
+    if file is None:
+        return ""
+    address = f"./sd_extra_networks/thumb?filename={quote(file.as_posix())}&mtime={file.stat().st_mtime}"
+    return f'<img src="{escape(address)}" alt="">'
+
+
+def _facts(chosen: Sequence[str]) -> list[str]:
+    """For every row what the LoRA is, and what is wrong with it."""
+    loaded = library.loaded_family()
+    lines = []
+    for name in chosen[:MOST]:
+        found = card_of(name)
+        wrong = found.wrong(loaded)
+        lines.append(
+            f"<small>{escape(found.facts)}</small>"
+            + (f'<small class="loraclr-wrong">{escape(wrong)}</small>' if wrong else "")
+            + (f'<small class="loraclr-noted">{escape(found.noted)}</small>' if found.noted else "")
+        )
+    return lines + [""] * (MOST - len(lines))

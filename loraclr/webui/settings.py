@@ -1,0 +1,191 @@
+"""The form's settings: how to merge, with the defaults of the core and a sentence on each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+from modules.ui_components import FormRow
+
+from loraclr import prompts
+from loraclr.factor import Rank
+from loraclr.merging import Settings
+from loraclr.methods import METHODS
+
+SPEEDS = ("Fast", "Balanced", "Best")
+RANKS = ("exact", "auto", "4", "8", "16", "32", "64", "128", "256")
+USUAL = Settings()
+#: What the form's sliders allow, and the API.
+LIMITS = {"neutral": (0, 1), "scenes": (0, 8), "steps": (1, 50), "size": (64, 1024), "guidance": (1, 15)}
+#: The components in the order of `Form.fields`, which is that of the arguments of `read`.
+FIELDS = (
+    "speed", "rank", "draw", "method", "closed", "neutral", "scenes", "steps", "size", "guidance", "density", "ridge",
+    "seed", "kept",
+)  # fmt: skip
+
+
+class Form:
+    """The components, in the order in which `read` takes their values."""
+
+    def __init__(self) -> None:
+        self.speed = gr.Radio(
+            SPEEDS,
+            value="Fast",
+            label="Speed",
+            info="Fast suits most merges. "
+            "Balanced and Best come closer to each LoRA alone, in about 3 and 10 times the time.",
+            elem_id="loraclr_speed",
+        )
+        with FormRow(elem_id="loraclr_basics"):
+            self.rank = gr.Dropdown(
+                RANKS,
+                value="exact",
+                allow_custom_value=True,
+                label="Largest rank of the merged LoRA",
+                info="exact: the sum of the LoRAs' ranks. auto: what keeps 99.5 % of a layer. Less: a smaller file.",
+                elem_id="loraclr_rank",
+            )
+            self.draw = gr.Checkbox(
+                True,
+                label="Draw pictures to compare",
+                info="After the merge, each concept by its own LoRA and by the merged one.",
+                elem_id="loraclr_draw",
+            )
+        self.advanced = _advanced()
+        self.method = self.advanced[0]
+
+    @property
+    def fields(self) -> list[Any]:
+        return [self.speed, self.rank, self.draw, *self.advanced]
+
+
+def _advanced() -> list[Any]:
+    """What few need to touch."""
+    offered = [name for name, method in METHODS.items() if method.offered]
+    with gr.Accordion("Advanced", open=False, elem_id="loraclr_advanced"):
+        method = gr.Dropdown(offered, value="loraclr", label="Method of merging", elem_id="loraclr_method")
+        about = gr.HTML(METHODS["loraclr"].text, elem_id="loraclr_method_about")
+        method.change(lambda name: METHODS[name].text, [method], [about], show_progress=False, queue=False)
+        closed = gr.Checkbox(
+            USUAL.speed == "closed",
+            label="Closed form only: quickest, without the polish that brings the concepts to full strength",
+            elem_id="loraclr_closed",
+        )
+        with FormRow():
+            neutral = gr.Slider(
+                *LIMITS["neutral"], value=USUAL.neutral, step=0.05, label="Protection of everything else",
+                elem_id="loraclr_neutral",
+                info="How much the merged LoRA must leave prompts without any trigger word as they are.",
+            )  # fmt: skip
+            scenes = gr.Slider(
+                *LIMITS["scenes"], value=USUAL.scenes, step=1, label="Scenes of two to learn from",
+                elem_id="loraclr_scenes",
+                info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none.",
+            )  # fmt: skip
+        with FormRow():
+            steps = gr.Slider(
+                *LIMITS["steps"], value=USUAL.steps, step=1, label="Sampling steps looked at", elem_id="loraclr_steps",
+                info="Denoising steps of each picture that the LoRAs are watched in.",
+            )  # fmt: skip
+            size = gr.Slider(
+                0, 1024, value=USUAL.size or 0, step=64, label="Picture size looked at", elem_id="loraclr_size",
+                info="Width and height in pixels; 0: the checkpoint's own. Smaller needs less memory.",
+            )  # fmt: skip
+        with FormRow():
+            guidance = gr.Slider(
+                *LIMITS["guidance"], value=USUAL.guidance, step=0.5, label="CFG scale looked at",
+                elem_id="loraclr_guidance", info="Of the same pictures.",
+            )  # fmt: skip
+            density = gr.Slider(
+                0.05, 1, value=0.5, step=0.05, label="Density", elem_id="loraclr_density",
+                info="Share of the weights that ties, dare and magnitude-prune keep; others have no use for it.",
+            )  # fmt: skip
+        with FormRow():
+            ridge = gr.Number(
+                USUAL.ridge, label="Ridge λ of the closed form", elem_id="loraclr_ridge",
+                info="Larger is more careful; the paper's λ is 0.001.",
+            )  # fmt: skip
+            seed = gr.Number(
+                USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed",
+                info="The same seed and settings give the same file.",
+            )  # fmt: skip
+        kept = gr.Textbox(
+            "\n".join(prompts.NEUTRAL), lines=4, label="Prompts to keep as they are", elem_id="loraclr_neutral_prompts",
+            info="One a line, without any trigger word: what the merged LoRA must not change.",
+        )  # fmt: skip
+    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, kept]
+
+
+def read(
+    speed: str,
+    rank: Any,
+    draw: bool,
+    method: str,
+    closed: bool,
+    neutral: float,
+    scenes: float,
+    steps: float,
+    size: float,
+    guidance: float,
+    density: float,
+    ridge: float | None,
+    seed: float | None,
+    kept: str,
+) -> dict[str, Any]:
+    """What `job.Order` takes of the form. Raises ValueError, one sentence."""
+    if ridge is None or ridge <= 0:
+        raise ValueError("The ridge λ must be a number above 0, 0.001 for example.")
+    if method not in METHODS:
+        raise ValueError(f"There is no method {method}.")
+    lines = lines_of(kept)
+    if not lines:
+        raise ValueError("There are no prompts to keep as they are: write one a line under Advanced.")
+    settings = Settings(
+        speed="closed" if closed else speed.lower(),
+        rank=rank_of(rank),
+        neutral=neutral,
+        scenes=int(scenes),
+        ridge=ridge,
+        steps=int(steps),
+        guidance=guidance,
+        size=int(size) or None,
+        neutral_prompts=lines,
+        seed=int(seed or 0),
+    )
+    return {"settings": settings, "method": method, "density": density, "draw": draw}
+
+
+def written(method: str, told: Mapping[str, Any]) -> list[Any]:
+    """The form's values for a recipe's settings, in the order of `FIELDS`; what it does not tell is left as usual."""
+    usual = asdict(USUAL)
+    known = {**usual, **{name: value for name, value in told.items() if name in usual}}
+    speed, rank = known["speed"], known["rank"]
+    values = {
+        **known,
+        "speed": speed.title() if speed.title() in SPEEDS else SPEEDS[0],
+        "rank": "exact" if rank is None else str(rank),
+        "draw": True,
+        "method": method if method in METHODS else "loraclr",
+        "closed": speed == "closed",
+        "size": known["size"] or 0,
+        "density": told.get("density", 0.5),
+        "kept": "\n".join(known["neutral_prompts"]),
+    }
+    return [values[name] for name in FIELDS]
+
+
+def rank_of(chosen: Any) -> Rank:
+    """What is written in the rank's field. Raises ValueError, one sentence."""
+    word = str(chosen or "exact").strip().lower()
+    if word in ("exact", "auto"):
+        return None if word == "exact" else "auto"
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError(f'The largest rank is "{chosen}": choose exact, auto or a whole number above 0.')
+    return int(word)
+
+
+def lines_of(text: str | None) -> tuple[str, ...]:
+    """The lines of a field that are not empty."""
+    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())

@@ -1,0 +1,56 @@
+"""The name of the merged LoRA: which ones may be used, and what an unnamed one is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import networks  # the webui's own LoRA extension
+
+from loraclr.webui import library
+
+# Refused on some system, or by the webui's <lora:NAME:1>.
+_UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_LONGEST = 120  # characters of a name; file systems allow 255 bytes
+
+
+def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
+    """Where to write a merged LoRA: always directly in the LoRA folder.
+
+    An empty name is made up from the sources'. Raises ValueError, one sentence, for a name that cannot be used, or that
+    is taken: a file is replaced only if `replace` is set, and never one of the sources.
+    """
+    name = name.strip().removesuffix(".safetensors")
+    folder = library.folder()
+    if not name:
+        return folder / f"{_made_up(sources)}.safetensors"
+    unusable = sorted(set(_UNUSABLE.findall(name)))
+    if unusable:
+        shown = " ".join(char if char.isprintable() else repr(char) for char in unusable)
+        raise ValueError(f"The name must not contain {shown}; choose another one.")
+    if name.startswith(".") or name.endswith((".", " ")) or _DEVICES.fullmatch(name):
+        raise ValueError(f'"{name}" cannot be used as a file name; choose another one.')
+    if len(name) > _LONGEST:
+        raise ValueError(f"The name is {len(name)} characters long; use at most {_LONGEST}.")
+    path = folder / f"{name}.safetensors"
+    if name in sources:
+        raise ValueError(f"{name} is one of the LoRAs to merge; choose another name for the result.")
+    if path.exists() and not replace:
+        raise ValueError(f'{path.name} exists already; choose another name, or tick "Replace an existing file".')
+    listed = networks.available_networks.get(name)
+    if listed is not None and Path(listed.filename).resolve() != path.resolve():
+        raise ValueError(f"The webui already lists another LoRA as {name} ({listed.filename}); choose another name.")
+    return path
+
+
+def _made_up(sources: Sequence[str]) -> str:
+    """A free name, after the LoRAs that are merged."""
+    base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
+    taken = {name.casefold() for name in networks.available_networks}
+    number, name = 1, base
+    while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
+        number += 1
+        name = f"{base}-{number}"
+    return name

@@ -1,0 +1,71 @@
+"""Every fixed string of the tab is in every language file, and nothing else is."""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraclr.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
+LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
+#: Arguments that the user reads, by name; and calls whose first argument is read, by the called thing's name.
+READ = ("label", "info", "placeholder", "tooltip")
+SAID_FIRST = ("Button", "Accordion", "info")
+#: Constants with text in HTML.
+TEXTS = ("HEADING", "EMPTY", "NOTHING", "OTHER", "WELCOME")
+#: Names and signs that are the same everywhere.
+SAME = re.compile(r"LoRA|[^\w]*|exact|auto|\d+")
+
+
+def strings() -> set[str]:
+    """The fixed strings of the tab, as the page's text nodes and attributes have them."""
+    found = {"Fast", "Balanced", "Best", "Subject", "Style", "Interrupting…", "LoRACLR Merge"}
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            found.update(_strings(node))
+    found.update(method.text for method in METHODS.values() if method.offered)
+    return {text for text in found if not SAME.fullmatch(text)}
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Call):
+        said = [keyword.value for keyword in node.keywords if keyword.arg in READ]
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        said += node.args[:1] if called in SAID_FIRST else []
+        said += node.args[1:2] if called == "OptionInfo" else []
+        said += node.args[2:3] if called == "_text" else []
+        yield from (value.value for value in said if isinstance(value, ast.Constant) and isinstance(value.value, str))
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TEXTS:
+        text = ast.literal_eval(node.value)
+        yield from re.findall(r'title="([^"]+)"', text)
+        yield from (html.unescape(part).strip() for part in re.findall(r">([^<>{}]+)<", text) if part.strip())
+
+
+def test_the_strings_are_found() -> None:
+    """The walk over the sources sees labels, buttons, placeholders, notes and texts."""
+    assert {
+        "LoRAs to merge", "Merge", "left empty: named after the LoRAs in it", "Type to search.", "Text enc.",
+        "Number format of merged LoRAs", "same", "Load settings",
+    } <= strings()  # fmt: skip
+
+
+@pytest.mark.parametrize("file", LANGUAGES, ids=lambda file: file.stem)
+def test_nothing_is_missing_or_left_over(file: Path) -> None:
+    """Each string is translated, none to itself or to nothing."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert not strings() - told.keys()
+    assert not told.keys() - strings()
+    assert all(value.strip() and value != key for key, value in told.items())
+
+
+def test_the_languages() -> None:
+    """Chinese, Japanese and German, under the names that the webui's other translations have."""
+    assert {file.stem for file in LANGUAGES} >= {"zh_CN", "ja_JP", "de_DE"}

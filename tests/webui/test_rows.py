@@ -1,0 +1,178 @@
+"""The rows of the tab: what a LoRA is, what is wrong with it, order, weights, and the LoRAs of the prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from webui_driver import Tab, Webui
+
+from miniature.vocabulary import CONCEPT
+
+TIGER, PANDA = CONCEPT["tiger"], CONCEPT["panda"]
+
+
+def add(webui: Webui, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """A LoRA file more, which the webui is told of."""
+    path = webui.loras / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata)
+    webui.ask("/sdapi/v1/refresh-loras", {})
+    return path
+
+
+def remove(webui: Webui, *paths: Path) -> None:
+    """And away with it."""
+    for path in paths:
+        path.unlink()
+    webui.ask("/sdapi/v1/refresh-loras", {})
+
+
+def xl(rank: int = 2) -> dict[str, torch.Tensor]:
+    """A LoRA of SDXL, small."""
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    return {
+        f"{stem}.lora_up.weight": torch.ones(640, rank), f"{stem}.lora_down.weight": torch.ones(rank, 2048),
+        f"{stem}.alpha": torch.tensor(1.0),
+    }  # fmt: skip
+
+
+def test_what_it_is_and_what_is_wrong(webui: Webui, tab: Tab) -> None:
+    """Said in the row, before Merge is pressed: another family, no trigger words, a broken file."""
+    wrong = add(webui, "wrong family", xl())
+    cut = webui.loras / "half.safetensors"
+    cut.write_bytes((webui.loras / f"{TIGER.name}.safetensors").read_bytes()[:2000])
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+        tab.choose(TIGER.name, "wrong family", "half")
+        tab.settle()
+        assert "LoRA rank 4 · SD 1.x" in tab.facts(1)
+        assert "It is for SDXL, but the loaded checkpoint is SD 1.x." in tab.facts(2)
+        assert "cut off" in tab.facts(3)
+        assert tab.trigger(2).input_value() == ""
+        assert "none is noted" in tab.trigger(2).get_attribute("placeholder")
+    finally:
+        remove(webui, wrong, cut)
+
+
+def test_only_the_loaded_family_unless_asked(webui: Webui, tab: Tab) -> None:
+    """A LoRA that the webui knows to be of SDXL is listed on wish."""
+    path = add(webui, "an xl", xl(), {"ss_base_model_version": "sdxl_base_v1-0"})
+    listed = tab.page.locator('#loraclr_loras ul.options li[aria-label="an xl"]')
+    try:
+        for asked in (False, True):
+            tab.page.locator("#loraclr_every input").set_checked(asked)
+            tab.page.locator("#loraclr_refresh").click()
+            tab.settle()
+            tab.page.locator("#loraclr_loras input").click()
+            tab.page.locator("#loraclr_loras input").fill("an xl")
+            tab.page.wait_for_timeout(500)
+            assert listed.count() == asked
+            tab.page.locator("#loraclr_loras input").fill("")
+            tab.page.keyboard.press("Escape")
+    finally:
+        remove(webui, path)
+
+
+def test_order_and_removal(tab: Tab) -> None:
+    """A row moves up or goes away with all that was written in it."""
+    tab.choose(TIGER.name, PANDA.name, "rocket")
+    tab.trigger(3).fill("my rocket")
+    tab.page.locator("#loraclr_up_3").click()
+    tab.settle()
+    assert tab.names() == [TIGER.name, "rocket", PANDA.name]
+    assert tab.trigger(2).input_value() == "my rocket"
+    tab.page.locator("#loraclr_remove_1").click()
+    tab.settle()
+    assert tab.names() == ["rocket", PANDA.name]
+    assert tab.trigger(1).input_value() == "my rocket"
+
+
+def test_the_loras_of_the_prompt(tab: Tab) -> None:
+    """Names and weights of the tags, also a weight of the text encoder's own; what is no LoRA is left out."""
+    prompt = f"<lora:{TIGER.name}:0.8> a cat <lora:nobody:1> <lora:{PANDA.name}:0.5:1.25>"
+    tab.page.locator("#tabs > .tab-nav > button", has_text="txt2img").first.click()
+    tab.page.locator("#txt2img_prompt textarea").fill(prompt)
+    tab.open()
+    tab.page.locator("#loraclr_take").click()
+    tab.page.locator("#loraclr_concept_2").wait_for()
+    tab.settle()
+    assert tab.names() == [TIGER.name, PANDA.name]
+    assert tab.page.locator("#loraclr_weight_1 input").input_value() == "0.8"
+    assert tab.page.locator("#loraclr_text_weight_1 input").input_value() == ""
+    assert tab.page.locator("#loraclr_weight_2 input").input_value() == "1.25"
+    assert tab.page.locator("#loraclr_text_weight_2 input").input_value() == "0.5"
+
+
+def test_weights_reach_the_file_and_come_back(webui: Webui, tab: Tab) -> None:
+    """Block and text weights are in the recipe, change the layers, and are filled in again from the history."""
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.page.locator("#loraclr_draw input").uncheck()
+    tab.name("blocked")
+    tab.page.locator("#loraclr_more input").check()
+    for number in (1, 2):
+        tab.page.locator(f"#loraclr_blocks_{number} input").fill("OUT03-OUT11=0")
+    tab.page.locator("#loraclr_text_weight_1 input").fill("0.5")
+    assert "blocked is ready" in tab.merge()
+    made = load_file(webui.loras / "blocked.safetensors")
+    assert made
+    assert not [key for key in made if "up_blocks_1" in key or "up_blocks_2" in key or "up_blocks_3" in key]
+
+    tab.page.locator("#loraclr_remove_1").click()
+    tab.settle()
+    tab.page.locator("#loraclr_look").dispatch_event("click")
+    tab.settle()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    tab.page.locator("#loraclr_merged input").click()
+    tab.page.locator('#loraclr_merged ul.options li[aria-label="blocked"]').click()
+    tab.settle()
+    tab.page.locator("#loraclr_load").click()
+    tab.settle()
+    assert tab.names() == [TIGER.name, PANDA.name]
+    assert tab.page.locator("#loraclr_text_weight_1 input").input_value() == "0.5"
+    assert "OUT03=0" in tab.page.locator("#loraclr_blocks_2 input").input_value()
+    assert tab.page.locator("#loraclr_closed input").is_checked()
+
+
+def test_block_weights_that_make_no_sense(tab: Tab) -> None:
+    """One sentence that names the LoRA."""
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.page.locator("#loraclr_more input").check()
+    tab.page.locator("#loraclr_blocks_2 input").fill("1, 2, 3")
+    assert f"{PANDA.name}: 3 block weights were given" in tab.merge()
+
+
+def test_the_name_is_checked_as_it_is_typed(webui: Webui, tab: Tab) -> None:
+    """And the size is told."""
+    note = tab.page.locator("#loraclr_note.prose")
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("fine")
+    tab.settle()
+    assert note.inner_text().startswith("fine.safetensors, about ")
+    tab.name(TIGER.name)
+    tab.settle()
+    assert "is one of the LoRAs to merge" in note.inner_text()
+
+
+def test_a_subset_of_the_concepts_and_downloads(webui: Webui, tab: Tab) -> None:
+    """The prompt follows the choice of concepts; report and recipe can be had."""
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.page.locator("#loraclr_draw input").uncheck()
+    tab.name("some")
+    tab.merge()
+    tab.page.locator("#loraclr_subset").get_by_text(TIGER.name, exact=True).click()
+    tab.settle()
+    assert tab.prompt == f"<lora:some:1> {PANDA.trigger}"
+    links = tab.page.locator("#loraclr_downloads a")
+    addresses = {link.inner_text().split()[0]: link.get_attribute("href") for link in links.all()}
+    assert len(addresses) == 2, addresses
+    contents = [tab.page.request.get(address).text() for address in addresses.values()]
+    assert any("<!doctype html>" in content and "Effect kept" in content for content in contents)
+    recipes = [json.loads(content) for content in contents if content.startswith("{")]
+    assert [concept["trigger"] for concept in recipes[0]["concepts"]] == [TIGER.trigger, PANDA.trigger]
