@@ -44,6 +44,12 @@ class LoRA:
     embeddings: embeddings.Embeddings = field(default_factory=dict)
     layer_embeddings: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def words(self) -> embeddings.Embeddings:
+        """The words that the file brings along with one embedding each: of one for each layer their mean."""
+        means = {word: {"clip_l": vectors.mean(0, keepdim=True)} for word, vectors in self.layer_embeddings.items()}
+        return {**self.embeddings, **means}
+
     def check_fits(self, layer_name: str, weight: Tensor) -> None:
         """Raise ValueError, one sentence with both shapes, if a layer's change does not fit the model's weight."""
         layer, there = self.layers[layer_name], tuple(weight.shape)

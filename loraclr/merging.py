@@ -20,7 +20,6 @@ from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, changes_of, layer_of, strength
 from loraclr.embeddings import Embeddings, distinct, in_text
 from loraclr.factor import Rank, truncate
-from loraclr.folding import bundled, folded
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.keys import Family
@@ -243,10 +242,10 @@ def check_weights(concept: Concept) -> None:
 def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
     """A merge with no layers yet, its concepts' words under names that no two of them share."""
     result = Merge(concepts[0].lora.family, [], settings)
-    renames = distinct([bundled(concept.lora) for concept in concepts])
+    renames = distinct([concept.lora.words for concept in concepts])
     for concept, renamed in zip(concepts, renames, strict=True):
         result.concepts.append(concept.with_words(renamed))
-        result.words |= bundled(result.concepts[-1].lora)
+        result.words |= result.concepts[-1].lora.words
         for old, new in renamed.items():
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
     return result
@@ -325,7 +324,7 @@ class _Run:
             list(settings.neutral_prompts),
         ]
         self.asked: list[Changes] = [
-            *(self.changes(concept, texts, live) for concept, texts in zip(concepts, self.texts, strict=False)),
+            *(concept.changes(live) for concept in concepts),
             {},
         ]
         touched = {name for changes in self.asked for name in changes}
@@ -349,11 +348,6 @@ class _Run:
         self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
         self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
-
-    def changes(self, concept: Concept, texts: list[str], live: Mapping[str, nn.Module]) -> Changes:
-        """What a concept asks for, with one context for all layers."""
-        changes = concept.changes(live)
-        return folded(self.host, live, concept.lora, changes, texts) if concept.lora.layer_embeddings else changes
 
     def tick(self, stage: str, work: float = 0.0) -> None:
         """Tell the progress; it may raise Cancelled."""

@@ -1,0 +1,65 @@
+"""Words that LoRAs bring along: into the merge, into its file, and into a host's prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import WIDTH, ToyHost, toy_lora
+
+from loraclr import files
+from loraclr.lora import LoRA
+from loraclr.merging import Concept, Settings, merge, write
+
+WORD = "<potter1>"
+CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
+
+
+def embedded(host: ToyHost) -> LoRA:
+    """A LoRA with a word of 16 embeddings; the toy has one cross-attention layer, the middle one."""
+    vectors = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(5))
+    return replace(toy_lora(host, "one", 1), layer_embeddings={WORD: vectors})
+
+
+def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None:
+    host = ToyHost()
+    lora = embedded(host)
+    clash = replace(toy_lora(host, "two", 2), embeddings={WORD: {"clip_l": torch.ones(1, WIDTH)}})
+    result = merge(host, [Concept(lora, WORD), Concept(clash, f"big {WORD}")], CLOSED)
+    assert result.triggers == f"{WORD}, big {WORD}_2"
+    assert result.notes == [f"The word {WORD} of two is called {WORD}_2 in the merged file."]
+    assert result.words.keys() == {WORD, f"{WORD}_2"}
+    torch.testing.assert_close(result.words[WORD]["clip_l"][0], lora.layer_embeddings[WORD].mean(0))
+    assert result.missed["one"][0] < 0.9
+    assert host.own_words == {}
+    many = replace(result, words={f"w{k}": {"clip_l": torch.ones(1, 768)} for k in range(13)}, notes=[])
+    write(many, tmp_path / "many.safetensors")
+    assert files.load(tmp_path / "many.safetensors").embeddings == {}
+    assert len(list((tmp_path / "many embeddings").iterdir())) == 13
+    assert "Move the files in many embeddings" in many.notes[0]
+    few = replace(many, words={"w0": many.words["w0"]}, notes=[])
+    write(few, tmp_path / "few.safetensors")
+    assert files.load(tmp_path / "few.safetensors").embeddings.keys() == {"w0"}
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The miniature, run by diffusers."""
+    pytest.importorskip("diffusers")
+    from miniature import drawing
+
+    return drawing.open_miniature("cpu")
+
+
+def test_words_leave_tokenizer_and_encoder_as_they_were(host) -> None:
+    tokenizer, encoder = host.pipeline.tokenizer, host.pipeline.text_encoder
+    before = host.encode(["a tiger, sitting"]).tokens
+    ids = tokenizer("tiger", add_special_tokens=False).input_ids
+    vectors = encoder.get_input_embeddings().weight[ids].detach()
+    with host.words({"<zyk>": {"clip_l": vectors}}):
+        torch.testing.assert_close(host.encode(["a <zyk>, sitting"]).tokens, before)
+        torch.testing.assert_close(host.encode(["a tiger, sitting"]).tokens, before)
+    assert host.pipeline.tokenizer is tokenizer
+    assert torch.equal(host.encode(["a tiger, sitting"]).tokens, before)
+    assert not encoder._forward_pre_hooks and not encoder.get_input_embeddings()._forward_hooks
