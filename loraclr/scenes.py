@@ -84,7 +84,7 @@ def draw(
         with applied(modules, asked[concept]):
             contexts[concept] = host.encode([*(scenes[number].halves[half] for number, half in jobs), ""])
     alphas = host.alphas.to(x)
-    # Spaced as the pictures of one concept are. From the noisiest step, guidance errors come out 1/√ᾱ = 15 times as large.
+    # Spaced as the pictures of one concept are: from the noisiest step, errors of guidance come out 15 times as large.
     times = torch.arange(steps).flip(0) * (len(alphas) // steps) + 1
     for place, t in enumerate(times.tolist()):
         told, untold = torch.zeros_like(x), torch.zeros_like(x)
