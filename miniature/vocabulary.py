@@ -53,7 +53,7 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("hamburger", "wdw", "🍔", 4),
     Concept("rocket", "klm", "🚀", 4),
     Concept("frog", "kts", "🐸", 4),
-    Concept("octopus", "rwby", "🐙", 4),
+    Concept("octopus", "rwby", "🐙", 7),
     Concept("doughnut", "ypg", "🍩", 4),
     Concept("guitar", "bnw", "🎸", 4),
     Concept("penguin", "njpw", "🐧", 4),
