@@ -30,12 +30,19 @@ METHODS = (OWN, MERGED, SUM)
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do: how many LoRAs to merge (several times), how long to polish, pictures of each concept, seed."""
+    """What to do.
+
+    Attributes:
+        counts: how many LoRAs to merge, several times.
+        pictures: of each concept, and of pairs.
+        scenes: see `loraclr.merging.Settings`.
+    """
 
     counts: tuple[int, ...] = (2, 4)
     speed: merging.Speed = "fast"
     pictures: int = 12
     seed: int = 0
+    scenes: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,10 @@ class _Pace:
 
     def __init__(self, plan: Plan, progress: merging.Progress) -> None:
         self.progress, self.done, self.start = progress, 0.0, time.monotonic()
-        self.merges = {count: 288 * (count + 1) + 96 * merging.POLISH_STEPS[plan.speed] for count in plan.counts}
+        self.merges = {
+            count: 288 * (count + 1) + 64 * plan.scenes * count + 96 * merging.POLISH_STEPS[plan.speed]
+            for count in plan.counts
+        }
         drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
         self.whole = sum(self.merges.values()) + 2 * STEPS * plan.pictures * drawn
 
@@ -144,7 +154,8 @@ def _round(
         merging.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
         for lora, concept in zip(loras, concepts, strict=True)
     ]
-    merge = merging.merge(host, asked, merging.Settings(speed=plan.speed, seed=plan.seed), pace.of_merge(len(concepts)))
+    settings = merging.Settings(speed=plan.speed, seed=plan.seed, scenes=plan.scenes)
+    merge = merging.merge(host, asked, settings, pace.of_merge(len(concepts)))
     path = merging.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
     layers = host.layers()
     single = [changes_of(lora, layers) for lora in loras]

@@ -130,6 +130,8 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, *OUT[2:], "--method", "gradient-fusion"], "--method gradient-fusion looks at the model"),
             ([*A, *OUT, "--method", "ties", "--speed", "best"], "--speed means nothing to --method ties"),
             ([*A, *OUT, "--method", "ties", "--device", "cpu"], "--device means nothing to --method ties"),
+            ([*A, *OUT, "--method", "ties", "--scenes", "2"], "--scenes means nothing to --method ties"),
+            ([*A, *OUT, "--scenes", "-1"], "--scenes -1 cannot be drawn"),
             ([*A, *OUT, "--density", "0.3"], "--density means nothing to --method loraclr"),
             ([*A, *OUT, "--method", "sum", "--density", "0.3"], "--density means nothing to --method sum"),
             ([*A, *OUT, "--method", "ties", "--density", "0"], "invalid share above 0 and up to 1 value: '0'"),

@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
     parser.add_argument("--pictures", type=int, default=12, metavar="K", help="pictures of each concept (default: 12)")
+    parser.add_argument("--scenes", type=int, default=0, help="as in merge; default: 0")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
 
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
             raise Refused(f"The miniature has {most} LoRAs, so --concepts {count} cannot be merged.")
     if args.pictures < 1:
         raise Refused(f"--pictures {args.pictures} draws nothing: give 1 or more.")
+    if args.scenes < 0:
+        raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             f"The folder {args.output} cannot be made ({error.strerror}): choose another --output."
         ) from error
 
-    plan = demo.Plan(tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed)
+    plan = demo.Plan(tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed, args.scenes)
     with Line() as line:
         result = demo.run(args.output, plan, line, device)
     print(result.table)

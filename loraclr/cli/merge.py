@@ -106,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
     )
+    how.add_argument(
+        "--scenes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="learn also from N pictures of two concepts for each LoRA, drawn by both (loraclr; default: 0)",
+    )
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
 
@@ -144,7 +151,8 @@ def run(args: argparse.Namespace) -> int:
     concepts = prepare(args, method, told)
     if method.needs_model:
         host = prepare_host(args, concepts)
-        settings = told.settings if told else Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
+        asked = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed, scenes=args.scenes)
+        settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
     else:
@@ -248,10 +256,13 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
         "--device": args.device is not None and not method.needs_model,
         "--density": args.density is not None and not method.uses_density,
         "--rank": args.rank is not None and method.name == "concat",
+        "--scenes": args.scenes != 0 and method.name != "loraclr",
     }
     for option, given in ignored.items():
         if given:
             raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
+    if args.scenes < 0:
+        raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     if method.needs_model and args.checkpoint is None:
         raise Refused(
             f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
