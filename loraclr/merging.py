@@ -41,7 +41,7 @@ LARGE = 512  # pictures of more pixels on a side go through the polish one by on
 #: which only few LoRAs change, 15.7 GB more.
 HELD = 10e9
 
-POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 50, "balanced": 200, "best": 800}
+POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 80, "balanced": 200, "best": 800}
 
 
 class Cancelled(Exception):
@@ -111,7 +111,7 @@ class Settings:
     rank: Rank = None
     neutral: float = 0.3
     anchor: float = 0.0
-    scenes: int = 0
+    scenes: int = 2
     binding: float = 0.5
     ridge: float = 1e-3
     steps: int = 16

@@ -42,7 +42,7 @@ class Plan:
     speed: merging.Speed = "fast"
     pictures: int = 12
     seed: int = 0
-    scenes: int = 0
+    scenes: int = 2
 
 
 @dataclass(frozen=True)

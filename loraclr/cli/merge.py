@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,9 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--scenes",
         type=int,
-        default=0,
         metavar="N",
-        help="learn also from N pictures of two concepts for each LoRA, drawn by both (loraclr; default: 0)",
+        help="learn also from N pictures of two concepts for each LoRA, drawn by both (loraclr; default: 2)",
     )
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
@@ -151,7 +150,8 @@ def run(args: argparse.Namespace) -> int:
     concepts = prepare(args, method, told)
     if method.needs_model:
         host = prepare_host(args, concepts)
-        asked = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed, scenes=args.scenes)
+        asked = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
+        asked = asked if args.scenes is None else replace(asked, scenes=args.scenes)
         settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
@@ -256,12 +256,12 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
         "--device": args.device is not None and not method.needs_model,
         "--density": args.density is not None and not method.uses_density,
         "--rank": args.rank is not None and method.name == "concat",
-        "--scenes": args.scenes != 0 and method.name != "loraclr",
+        "--scenes": args.scenes is not None and method.name != "loraclr",
     }
     for option, given in ignored.items():
         if given:
             raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
-    if args.scenes < 0:
+    if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     if method.needs_model and args.checkpoint is None:
         raise Refused(

@@ -35,7 +35,7 @@ class Form:
             value="Fast",
             label="Speed",
             info="Fast suits most merges. "
-            "Balanced and Best come closer to each LoRA alone, in about 3 and 10 times the time.",
+            "Balanced and Best come closer to each LoRA alone, in about 2 and 9 times the time.",
             elem_id="loraclr_speed",
         )
         with FormRow(elem_id="loraclr_basics"):
