@@ -40,7 +40,7 @@ class Plan:
 
     counts: tuple[int, ...] = (2, 4)
     speed: merging.Speed = "fast"
-    pictures: int = 12
+    pictures: int = 8
     seed: int = 0
     scenes: int = 2
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--concepts", type=int, nargs="+", default=[2, 4], metavar="N", help="how many LoRAs to merge (default: 2 4)"
     )
     parser.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
-    parser.add_argument("--pictures", type=int, default=12, metavar="K", help="pictures of each concept (default: 12)")
+    parser.add_argument("--pictures", type=int, default=8, metavar="K", help="pictures of each concept (default: 8)")
     parser.add_argument("--scenes", type=int, default=2, help="as in merge; default: 2")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
