@@ -105,7 +105,7 @@ def _advanced() -> list[Any]:
         with FormRow():
             ridge = gr.Number(
                 USUAL.ridge, label="Ridge λ of the closed form", elem_id="loraclr_ridge",
-                info="Larger is more careful; the paper's λ is 0.001.",
+                info="Larger is more careful.",
             )  # fmt: skip
             seed = gr.Number(
                 USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed",
