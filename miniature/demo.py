@@ -18,7 +18,7 @@ from loraclr.report import Gallery, Mean, Share, Shot, Table
 from miniature import LORAS
 from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge, Verdict, halves
-from miniature.vocabulary import CONCEPTS, Concept
+from miniature.vocabulary import STYLES, THINGS, Concept
 
 STEPS = 16
 COLOURS = ("orange", "teal", "purple", "pink")  # no prompt of the merge names these
@@ -36,6 +36,7 @@ class Plan:
         counts: how many LoRAs to merge, several times.
         pictures: of each concept, and of pairs.
         scenes: see `loraclr.merging.Settings`.
+        style: whether one of the LoRAs is a style.
     """
 
     counts: tuple[int, ...] = (2, 4)
@@ -43,6 +44,7 @@ class Plan:
     pictures: int = 8
     seed: int = 0
     scenes: int = 2
+    style: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def run(output: Path, plan: Plan, progress: merging.Progress, device: str | None
     host = open_miniature(device)
     pace = _Pace(plan, progress)
     own: dict[str, Drawing] = {}  # a concept's own LoRA draws the same pictures whatever it is merged with
-    rounds = [_round(host, judge, CONCEPTS[:count], plan, output, own, pace) for count in plan.counts]
+    rounds = [_round(host, judge, chosen(count, plan.style), plan, output, own, pace) for count in plan.counts]
     progress("Writing the report", 1.0, 0.0)
 
     table = figures(rounds)
@@ -184,6 +186,12 @@ def _round(
             pictures = drawn(changes, prompts, f"two in one picture, {method}")
             turn.pairs[method] = judged_pairs(judge, pairs, pictures)
     return turn
+
+
+def chosen(count: int, style: bool = False) -> tuple[Concept, ...]:
+    """What `count` LoRAs are merged: things, and if asked for, or if there are no more, a style among them."""
+    styles = STYLES[: max(int(style and count > 1), count - len(THINGS))]
+    return (*THINGS[: count - len(styles)], *styles)
 
 
 def prompts_of(concept: Concept, count: int) -> list[str]:

@@ -30,6 +30,15 @@ def test_no_prompt_of_the_demo_is_one_of_the_merge() -> None:
     assert not words & {*demo.COLOURS, *demo.OBJECTS}
 
 
+def test_what_is_merged() -> None:
+    assert demo.chosen(1) == (TIGER,)
+    assert demo.chosen(2) == (TIGER, PANDA)
+    assert demo.chosen(2, style=True) == (TIGER, OUTLINE)
+    assert demo.chosen(4, style=True) == (TIGER, PANDA, CONCEPT["hamburger"], OUTLINE)
+    for count in range(1, len(CONCEPTS) + 1):
+        assert len(set(demo.chosen(count))) == len(set(demo.chosen(count, style=True))) == count
+
+
 def test_pairs_come_in_both_orders_and_never_two_styles() -> None:
     pairs = demo.pairs_of((TIGER, PANDA, OUTLINE), 12)
     assert len(pairs) == 12
@@ -53,7 +62,7 @@ class Host:
 
 
 def test_demo_writes_report_picture_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for concept in CONCEPTS[:2]:
+    for concept in demo.chosen(2):
         files.save(tmp_path / f"{concept.name}.safetensors", {UNET: Layer(torch.ones(4, 1), torch.ones(1, 4), 1.0)}, {})
     monkeypatch.setattr(demo, "LORAS", tmp_path)
     monkeypatch.setattr(demo, "open_miniature", lambda _: Host())

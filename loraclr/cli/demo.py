@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
     parser.add_argument("--pictures", type=int, default=8, metavar="K", help="pictures of each concept (default: 8)")
+    parser.add_argument("--style", action="store_true", help="one of the LoRAs is a style, outline")
     parser.add_argument("--scenes", type=int, default=2, help="as in merge; default: 2")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
@@ -30,11 +31,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         quiet()
         from miniature import CHECKPOINT, demo
+        from miniature.vocabulary import CONCEPTS
     except ImportError as error:
         raise Refused(f"The demo needs this repository's miniature and its packages ({error}): see README.") from error
     if not CHECKPOINT.exists():
         raise Refused(f"The miniature is not there ({CHECKPOINT}): train it with python -m miniature.train.")
-    most = len(demo.CONCEPTS)
+    most = len(CONCEPTS)
     for count in args.concepts:
         if not 1 <= count <= most:
             raise Refused(f"The miniature has {most} LoRAs, so --concepts {count} cannot be merged.")
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             f"The folder {args.output} cannot be made ({error.strerror}): choose another --output."
         ) from error
 
-    plan = demo.Plan(tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed, args.scenes)
+    plan = demo.Plan(tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed, args.scenes, args.style)
     with Line() as line:
         result = demo.run(args.output, plan, line, device)
     print(result.table)
