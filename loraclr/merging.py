@@ -35,7 +35,7 @@ Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], Statist
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
 
-LARGE = 512  # pictures of more pixels on a side go through the polish one by one
+SEVERAL = 512  # pictures up to this side in pixels go through the polish several at a time, larger ones one by one
 
 #: Bytes of Gram matrices held at a time. SDXL's attention and feed-forward layers need 8.7 GB, its 72 other layers,
 #: which only few LoRAs change, 15.7 GB more.
@@ -504,7 +504,7 @@ class _Run:
                 factors = polish(
                     self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
                     lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-                    1 if self.size > LARGE else None,
+                    1 if self.size > SEVERAL else None,
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)

@@ -6,7 +6,7 @@ one thread each (OMP_NUM_THREADS=1): two processes that share cores with two thr
 The weights in git were trained with the numbers of steps below, in several sittings; the totals, and with them the
 rates' cosine, were lengthened or shortened on the way. The base's first 2500 steps and the LoRAs' first 4000, on that
 base, had no offset noise; the LoRAs' first 1700 had fewer whole pictures and, as the base's, noise levels drawn one by
-one. The octopus got three more ranks and 1700 steps of 12 whole pictures by itself at the end.
+one. The octopus went on by itself with 12 whole pictures a step: 2000 steps, then three more ranks and 1700 steps.
 """
 
 from __future__ import annotations
