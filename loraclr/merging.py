@@ -248,6 +248,9 @@ def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
         result.words |= result.concepts[-1].lora.words
         for old, new in renamed.items():
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
+        if concept.lora.layer_embeddings:
+            words = ", ".join(concept.lora.layer_embeddings)
+            result.notes.append(f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept.")
     return result
 
 

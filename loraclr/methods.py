@@ -157,13 +157,6 @@ def combine(
     started = time.monotonic()
     result = merging.begun(concepts, options)
     result.method, concepts = method, result.concepts
-    for concept in concepts:
-        if concept.lora.layer_embeddings:
-            words = ", ".join(concept.lora.layer_embeddings)
-            result.notes.append(
-                f"Of {concept.lora.name}'s embeddings of {words} for single layers only the mean is kept: the method "
-                "loraclr keeps all."
-            )
     layerwise = Layerwise(options, len(concepts), torch.Generator().manual_seed(options.seed))
     names = list(dict.fromkeys(name for concept in concepts for name in concept.lora.layers if concept.strength(name)))
     for place, name in enumerate(names):
@@ -230,8 +223,8 @@ def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> Fac
     options = layer.options
     if present[0][0].ndim == 1:  # a norm layer: has no inputs to be looked at or cut
         share = options.scale / (layer.count if method.name == "average" else 1)
-        scales, shifts = zip(*present, strict=True)
-        return share * torch.stack(scales).sum(0), share * torch.stack(shifts).sum(0)
+        scale, shift = _sum(present)
+        return share * scale, share * shift
     merged, ranks = method.arithmetic(present, layer), [down.shape[0] for _, down in present]
     most = min(present[0][0].shape[0], present[0][1].shape[1])
     rank = options.rank or min(max(ranks) if method.name == "svd" else sum(ranks), most)
@@ -253,4 +246,12 @@ def _shape(name: str, loras: Sequence[LoRA]) -> tuple[int, ...]:
 def stacked(changes: Sequence[Changes]) -> Changes:
     """All LoRAs at once, as stacking them in the prompt does: the exact sum of every layer."""
     names = dict.fromkeys(name for change in changes for name in change)
-    return {name: arithmetic.concat([change[name] for change in changes if name in change]) for name in names}
+    return {name: _sum(aligned([change[name] for change in changes if name in change])) for name in names}
+
+
+def _sum(present: Sequence[Factors]) -> Factors:
+    """One layer's changes added up, exactly; a norm layer's are no factors."""
+    if present[0][0].ndim > 1:
+        return arithmetic.concat(present)
+    scales, shifts = zip(*present, strict=True)
+    return torch.stack(scales).sum(0), torch.stack(shifts).sum(0)

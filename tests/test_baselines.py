@@ -395,3 +395,12 @@ class TestEveryKindOfLayer:
         torch.testing.assert_close(layer.bias, kinds[2].bias)
         with pytest.raises(ValueError, match="0 has layers that the loaded model lacks"):
             methods.combine(concepts, "sum", modules={})
+
+
+def test_stacked_norms_and_biases_add_up() -> None:
+    norm, wide = (torch.ones(2), torch.zeros(2)), (torch.ones(2, 1), torch.ones(1, 4))
+    plain = (torch.full((2, 1), 2.0), torch.ones(1, 3))
+    found = methods.stacked([{"norm": norm, "layer": wide}, {"norm": norm, "layer": plain}])
+    assert torch.equal(found["norm"][0], torch.full((2,), 2.0))
+    up, down = found["layer"]
+    assert torch.equal(up @ down, torch.tensor([[3.0, 3.0, 3.0, 1.0]] * 2))  # the last column is a bias

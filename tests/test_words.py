@@ -28,7 +28,10 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     clash = replace(toy_lora(host, "two", 2), embeddings={WORD: {"clip_l": torch.ones(1, WIDTH)}})
     result = merge(host, [Concept(lora, WORD), Concept(clash, f"big {WORD}")], CLOSED)
     assert result.triggers == f"{WORD}, big {WORD}_2"
-    assert result.notes == [f"The word {WORD} of two is called {WORD}_2 in the merged file."]
+    assert result.notes == [
+        f"Of one's embeddings of {WORD} for single layers the mean is kept.",
+        f"The word {WORD} of two is called {WORD}_2 in the merged file.",
+    ]
     assert result.words.keys() == {WORD, f"{WORD}_2"}
     torch.testing.assert_close(result.words[WORD]["clip_l"][0], lora.layer_embeddings[WORD].mean(0))
     assert result.missed["one"][0] < 0.9
