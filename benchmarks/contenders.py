@@ -10,10 +10,12 @@ from functools import partial
 from loraclr import merging, methods
 from loraclr.baselines.fitting import Loop, by_reference
 from loraclr.changes import Changes, changes_of
+from loraclr.concept import Concept
 from loraclr.hosts import Host
 from loraclr.lora import LoRA
-from loraclr.merging import Concept, Merge, Settings
+from loraclr.merging import Settings
 from loraclr.methods import Options
+from loraclr.result import Merge
 
 EVERY = 4096  # a rank that no layer of the miniature reaches: dense methods are not cut
 REFERENCE_PROMPTS = ("photo of a {}", "{}")

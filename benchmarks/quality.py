@@ -20,11 +20,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+import loraclr
 from benchmarks import metrics, scenes
 from benchmarks.contenders import CONTENDERS, Contender, Entry
 from benchmarks.results import Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
-from loraclr import files, merging, report
+from loraclr import files, report
 from loraclr.capture import Changes
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
@@ -95,7 +96,7 @@ def measure(bench: Bench, key: tuple[int, str, int], contender: Contender) -> Pi
 
 
 def draw_references(
-    bench: Bench, count: int, seed: int, asked: Sequence[merging.Concept], shots: dict[str, list[Shot]]
+    bench: Bench, count: int, seed: int, asked: Sequence[loraclr.Concept], shots: dict[str, list[Shot]]
 ) -> None:
     """Draw what every method is compared with, if it is not there: the single LoRAs' concepts, the base's classes."""
     for method, part in REFERENCES.items():
@@ -105,13 +106,13 @@ def draw_references(
             save_strip(drawings(bench, entry, part, shots[part]), strip)
 
 
-def to_merge(concept: Concept) -> merging.Concept:
+def to_merge(concept: Concept) -> loraclr.Concept:
     lora = files.load(LORAS / f"{concept.name}.safetensors")
-    return merging.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
+    return loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
 
 
 def tuned(
-    bench: Bench, contender: Contender, chosen: Sequence[Concept], asked: Sequence[merging.Concept], seed: int
+    bench: Bench, contender: Contender, chosen: Sequence[Concept], asked: Sequence[loraclr.Concept], seed: int
 ) -> dict:
     """The options of the grid with the highest identity on the tuning prompts; the defaults if there is no choice."""
     if not contender.grid or not bench.plan.tune:

@@ -11,8 +11,10 @@ write(merged, "both.safetensors")
 print(merged.prompt("both"))
 """
 
+from loraclr.concept import Concept
 from loraclr.files import load
 from loraclr.lora import LoRA, LoRAFormatError
-from loraclr.merging import Cancelled, Concept, Merge, Settings, merge, write
+from loraclr.merging import Cancelled, Settings, merge
+from loraclr.result import Merge, write
 
 __all__ = ["Cancelled", "Concept", "LoRA", "LoRAFormatError", "Merge", "Settings", "load", "merge", "write"]

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, files, prompts, scenes
+from loraclr import capture, prompts, scenes
 from loraclr.capture import NORMS, Bank
-from loraclr.changes import Changes, aligned, changes_of, layer_of, strength
-from loraclr.embeddings import Embeddings, distinct, in_text
+from loraclr.changes import Changes, aligned, layer_of
+from loraclr.concept import Concept, check
 from loraclr.factor import Rank, truncate
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
-from loraclr.keys import Family
-from loraclr.lora import Layer, LoRA
+from loraclr.lora import Layer
 from loraclr.polish import missed, polish
+from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
 
 Speed = Literal["closed", "fast", "balanced", "best"]
@@ -46,47 +43,6 @@ POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 80, "balanced": 200, "bes
 
 class Cancelled(Exception):
     """The user stopped the merge; nothing was written."""
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One LoRA to merge.
-
-    Attributes:
-        trigger: the words that call it.
-        weight: strength for the UNet, and for the text encoder unless `text_weight` is given; any real number.
-        blocks: for each block what its strength is multiplied by, as `loraclr.blocks.block_weights` returns it.
-        kind: a style changes how everything is drawn, so other prompts are looked at.
-        prompts: what to look at, `{}` standing for the trigger; empty for the usual ones.
-    """
-
-    lora: LoRA
-    trigger: str
-    weight: float = 1.0
-    text_weight: float | None = None
-    kind: prompts.Kind = "subject"
-    prompts: tuple[str, ...] = ()
-    blocks: Mapping[str, float] | None = None
-
-    def strength(self, name: str) -> float:
-        """How much of the LoRA's change a layer gets, 0 for a layer that is left alone."""
-        return strength(name, self.lora.family, self.weight, self.text_weight, self.blocks)
-
-    def changes(self, modules: Mapping[str, nn.Module] | None = None) -> Changes:
-        """What the concept asks for, see `loraclr.changes.changes_of`."""
-        return changes_of(self.lora, modules, self.weight, self.text_weight, self.blocks)
-
-    def with_words(self, renamed: Mapping[str, str]) -> Concept:
-        """The concept with its LoRA's embeddings under other names, old → new, in its trigger and prompts too."""
-        if not renamed:
-            return self
-        words, by_layer = (
-            {renamed.get(name, name): vectors for name, vectors in each.items()}
-            for each in (self.lora.embeddings, self.lora.layer_embeddings)
-        )
-        lora = replace(self.lora, embeddings=words, layer_embeddings=by_layer)
-        texts = tuple(in_text(text, renamed) for text in self.prompts)
-        return replace(self, lora=lora, trigger=in_text(self.trigger, renamed), prompts=texts)
 
 
 @dataclass(frozen=True)
@@ -121,137 +77,6 @@ class Settings:
     batch: int = 4
     neutral_prompts: tuple[str, ...] = prompts.NEUTRAL
     seed: int = 0
-
-
-@dataclass
-class Merge:
-    """The result: layers of one LoRA, and what is known about them.
-
-    Attributes:
-        settings: a dataclass of what the method was told.
-        method: its name in `loraclr.methods`.
-        missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
-            (0 is perfect), after the closed form and after the polish.
-        seconds: wall-clock time by stage.
-        words: the embeddings that the LoRAs bring along.
-        notes: what users should know, a sentence each.
-    """
-
-    family: Family
-    concepts: list[Concept]
-    settings: Any
-    method: str = "loraclr"
-    layers: dict[str, Layer | Norm] = field(default_factory=dict)
-    missed: dict[str, tuple[float, float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    words: Embeddings = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def prompt(self, name: str) -> str:
-        """What to type to use the merged file under this name."""
-        return f"<lora:{name}:1> {self.triggers}".rstrip()
-
-    @property
-    def ranks(self) -> str:
-        """The ranks of its layers in words."""
-        ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
-        if not ranks:
-            return "norm layers only"
-        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-
-    @property
-    def triggers(self) -> str:
-        """Every concept's trigger words."""
-        return ", ".join(concept.trigger for concept in self.concepts if concept.trigger)
-
-    def recipe(self) -> dict:
-        """Everything needed to run the same merge again, for the file's metadata."""
-        concepts = [
-            {
-                "file": concept.lora.path.name if concept.lora.path else concept.lora.name,
-                "hash": files.model_hash(concept.lora.path) if concept.lora.path else "",
-                "trigger": concept.trigger,
-                "weight": concept.weight,
-                "text_weight": concept.text_weight,
-                "kind": concept.kind,
-                "prompts": concept.prompts,
-                "blocks": concept.blocks,
-            }
-            for concept in self.concepts
-        ]
-        settings = asdict(self.settings)
-        return {
-            "version": files.VERSION,
-            "method": self.method,
-            "concepts": concepts,
-            "settings": settings,
-            "missed": self.missed,
-        }
-
-
-def check(host: Host, concepts: Sequence[Concept]) -> None:
-    """Refuse what cannot be merged for the model that the host has loaded.
-
-    Raises:
-        ValueError: one sentence that names the LoRA and says what to do.
-    """
-    if not concepts:
-        raise ValueError("No LoRA is chosen: choose at least one.")
-    modules = host.layers()
-    for concept in concepts:
-        name, lora = concept.lora.name, concept.lora
-        if not concept.trigger.strip():
-            raise ValueError(f"{name} has no trigger words: write the words that call it into its row.")
-        check_weights(concept)
-        if lora.family != host.family:
-            raise ValueError(
-                f"{name} is for {lora.family.upper()}, but the loaded checkpoint is {host.family.upper()}."
-            )
-        check_layers(lora, modules)
-
-
-def check_layers(lora: LoRA, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse a LoRA with layers that the model lacks or has in another shape.
-
-    Raises:
-        ValueError: one sentence that names the LoRA and the layer.
-    """
-    missing = sorted(set(lora.layers) - set(modules))
-    if missing:
-        raise ValueError(f"{lora.name} has layers that the loaded model lacks ({missing[0]}): it is for another model.")
-    for name in lora.layers:
-        lora.check_fits(name, modules[name].weight)
-
-
-def check_weights(concept: Concept) -> None:
-    """Refuse weights that are no numbers, or that leave nothing of the LoRA.
-
-    Raises:
-        ValueError: one sentence that names the LoRA.
-    """
-    name, blocks = concept.lora.name, concept.blocks or {}
-    given = {"weight": concept.weight, "text weight": concept.text_weight}
-    given |= {f"block weight {block}": weight for block, weight in blocks.items()}
-    for what, weight in given.items():
-        if weight is not None and not math.isfinite(weight):
-            raise ValueError(f"{name} has {what} {weight:g}: give it a number.")
-    if not any(map(concept.strength, concept.lora.layers)):
-        raise ValueError(f"{name} has weight 0 in every layer that it changes: give it another one, or leave it out.")
-
-
-def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
-    """A merge with no layers yet, its concepts' words under names that no two of them share."""
-    result = Merge(concepts[0].lora.family, [], settings)
-    renames = distinct([concept.lora.words for concept in concepts])
-    for concept, renamed in zip(concepts, renames, strict=True):
-        result.concepts.append(concept.with_words(renamed))
-        result.words |= result.concepts[-1].lora.words
-        for old, new in renamed.items():
-            result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
-        if concept.lora.layer_embeddings:
-            words = ", ".join(concept.lora.layer_embeddings)
-            result.notes.append(f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept.")
-    return result
 
 
 def by_closed_form(name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device) -> Statistics:
@@ -520,58 +345,3 @@ class _Run:
             factors = (up, down) if up.ndim == 1 else truncate(up, down)
             layers[name] = layer_of(factors, self.modules[name].weight.shape)
         return layers
-
-
-_OPEN_CLIP_ATTENTION: dict[Family, str] = {
-    "sd2": r"(lora_te_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
-    "sdxl": r"(lora_te2_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
-}
-
-
-def with_whole_attention(layers: Mapping[str, Layer | Norm], family: Family) -> dict[str, Layer | Norm]:
-    """The layers, and zeros for what an attention of OpenCLIP lacks: the webui takes q, k, v and out together only."""
-    whole = dict(layers)
-    for name, layer in layers.items():
-        match = re.fullmatch(_OPEN_CLIP_ATTENTION.get(family, "(?!)"), name)
-        for side in ("q", "k", "v", "out") if match else ():
-            width = layer.up.shape[0]
-            whole.setdefault(f"{match[1]}_{side}_proj", Layer(torch.zeros(width, 1), torch.zeros(1, width), 1.0))
-    return whole
-
-
-#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
-MOST_BUNDLED = 12
-
-
-def write(
-    merge: Merge,
-    path: str | Path,
-    dtype: torch.dtype = torch.float16,
-    overwrite: bool = False,
-    bundle: bool = True,
-) -> Path:
-    """Write the merged LoRA with metadata and sidecar.
-
-    Its words are bundled, unless `bundle` is off or they make more keys than Forge allows: then each is a file of its
-    own, in a folder beside the LoRA, for the webui's folder of embeddings, and `merge.notes` says so.
-
-    Raises:
-        FileExistsError: a file is there and `overwrite` is not set.
-    """
-    path = Path(path)
-    loras = [concept.lora for concept in merge.concepts]
-    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
-    layers = with_whole_attention(merge.layers, merge.family)
-    metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
-    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
-    if merge.words and not bundle and (overwrite or not path.exists()):
-        folder = path.with_name(f"{path.stem} embeddings")
-        files.save_embeddings(folder, merge.words, overwrite)
-        merge.notes.append(
-            f"Move the files in {folder.name} into the webui's folder of embeddings: the prompt uses them."
-        )
-    files.save(path, layers, metadata, dtype, overwrite, merge.words if bundle else None)
-    named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
-    notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
-    files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
-    return path

@@ -14,13 +14,15 @@ from loraclr import merging
 from loraclr.baselines import arithmetic
 from loraclr.baselines.fitting import by_gradient_fusion, by_reference
 from loraclr.changes import Changes, aligned, factors_of, layer_of
+from loraclr.concept import Concept, check_layers, check_weights
 from loraclr.factor import decompose, truncate
 from loraclr.formats import Layer
 from loraclr.formats.change import in_words
 from loraclr.hosts import Host
 from loraclr.keys import kernel
 from loraclr.lora import LoRA
-from loraclr.merging import Concept, Fit, Merge, Progress, Settings
+from loraclr.merging import Fit, Progress, Settings
+from loraclr.result import Merge, begun
 from loraclr.solve import Factors
 
 
@@ -155,7 +157,7 @@ def combine(
         raise ValueError("The method concat keeps every rank: choose svd to limit it.")
     check(concepts, modules)
     started = time.monotonic()
-    result = merging.begun(concepts, options)
+    result = begun(concepts, options)
     result.method, concepts = method, result.concepts
     layerwise = Layerwise(options, len(concepts), torch.Generator().manual_seed(options.seed))
     names = list(dict.fromkeys(name for concept in concepts for name in concept.lora.layers if concept.strength(name)))
@@ -186,9 +188,9 @@ def check(concepts: Sequence[Concept], modules: Mapping[str, nn.Module] | None =
     check_family([concept.lora for concept in concepts])
     first: dict[str, tuple[str, tuple[int | None, int | None]]] = {}
     for concept in concepts:
-        merging.check_weights(concept)
+        check_weights(concept)
         if modules is not None:
-            merging.check_layers(concept.lora, modules)
+            check_layers(concept.lora, modules)
             continue
         for name, layer in concept.lora.layers.items():
             if layer.needs_base:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loraclr import files
-from loraclr.merging import Concept, Settings
+from loraclr.concept import Concept
+from loraclr.merging import Settings
 from loraclr.methods import METHODS, Options
 
 
@@ -18,7 +19,7 @@ class Recipe:
     """What a merged file says about how it was made.
 
     Attributes:
-        entries: per LoRA its file's name, its hash, and how it was to be merged (see `loraclr.merging.Merge.recipe`).
+        entries: per LoRA its file's name, its hash, and how it was to be merged (see `loraclr.result.Merge.recipe`).
     """
 
     method: str

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+import loraclr
 from loraclr import files, merging, report
 from loraclr.capture import Changes, changes_of
 from loraclr.hosts.standalone import Standalone
@@ -78,7 +79,7 @@ class Round:
     """One merge and what was drawn with it: by method, then by concept's name or pair of names."""
 
     concepts: tuple[Concept, ...]
-    merge: merging.Merge
+    merge: loraclr.Merge
     singles: dict[str, dict[str, Drawing]] = field(default_factory=dict)
     pairs: dict[str, dict[str, Drawing]] = field(default_factory=dict)
 
@@ -153,12 +154,12 @@ def _round(
     """Merge some concepts, and draw and judge them with every method."""
     loras = [files.load(LORAS / f"{concept.name}.safetensors") for concept in concepts]
     asked = [
-        merging.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
+        loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
         for lora, concept in zip(loras, concepts, strict=True)
     ]
     settings = merging.Settings(speed=plan.speed, seed=plan.seed, scenes=plan.scenes)
     merge = merging.merge(host, asked, settings, pace.of_merge(len(concepts)))
-    path = merging.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
+    path = loraclr.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
     layers = host.layers()
     single = [changes_of(lora, layers) for lora in loras]
     merged = changes_of(files.load(path), layers)  # what is judged is the file

@@ -13,10 +13,11 @@ from toy import ToyHost, toy_lora
 
 from loraclr import blocks, methods
 from loraclr.baselines import arithmetic, fitting
+from loraclr.concept import Concept
 from loraclr.factor import decompose
 from loraclr.formats import IA3, Bias, DoRA, Full, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Concept, Settings
+from loraclr.merging import Settings
 from loraclr.methods import METHODS, Options
 
 peft = pytest.importorskip("peft")

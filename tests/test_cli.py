@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import loraclr
 from loraclr import files, merging
 from loraclr.__main__ import main, parser
 from loraclr.cli import Refused
@@ -69,10 +70,10 @@ def host(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return opened
 
 
-def fake_merge(host: Tiny, concepts: list, settings: merging.Settings, progress: merging.Progress) -> merging.Merge:
+def fake_merge(host: Tiny, concepts: list, settings: merging.Settings, progress: merging.Progress) -> loraclr.Merge:
     """A merge that takes no time: the first LoRA as it is."""
     progress("Polishing", 0.5, 2.0)
-    return merging.Merge(
+    return loraclr.Merge(
         family="sd1",
         layers=dict(concepts[0].lora.layers),
         concepts=concepts,
@@ -260,7 +261,7 @@ class TestMerge:
         assert sorted(here.iterdir()) == before
 
     def test_output_that_appears_meanwhile_is_kept(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-        def slow(*arguments) -> merging.Merge:
+        def slow(*arguments) -> loraclr.Merge:
             lora(here / "out.safetensors", width=6)
             return fake_merge(*arguments[:3], lambda *_: None)
 

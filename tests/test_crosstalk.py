@@ -10,8 +10,8 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr import capture, methods
+from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
-from loraclr.merging import Concept
 
 
 def looked_at(host: ToyHost, prompt: str, changes: capture.Changes) -> capture.Bank:

@@ -67,10 +67,10 @@ def test_demo_writes_report_picture_and_files(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(demo, "LORAS", tmp_path)
     monkeypatch.setattr(demo, "open_miniature", lambda _: Host())
 
-    def merge(host, concepts, settings, progress) -> merging.Merge:
+    def merge(host, concepts, settings, progress) -> result.Merge:
         progress("Polishing", 0.5, None)
         layers = dict(concepts[0].lora.layers)
-        return merging.Merge(family="sd1", concepts=concepts, settings=settings, layers=layers)
+        return result.Merge(family="sd1", concepts=concepts, settings=settings, layers=layers)
 
     monkeypatch.setattr(merging, "merge", merge)
     shares: list[float] = []

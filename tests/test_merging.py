@@ -13,9 +13,11 @@ from toy import ToyHost, toy_lora
 from loraclr import files
 from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
+from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, Concept, Settings, merge, with_whole_attention, write
+from loraclr.merging import Cancelled, Settings, merge
+from loraclr.result import with_whole_attention, write
 
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from toy import ToyHost, toy_lora
 
-from loraclr.merging import Cancelled, Concept, Merge, Settings, merge
+from loraclr.concept import Concept
+from loraclr.merging import Cancelled, Settings, merge
 from loraclr.methods import combine
+from loraclr.result import Merge
 from loraclr.webui import pictures
 
 NAMES = ("cat", "dog", "ink")

@@ -10,11 +10,13 @@ import tiny
 import torch
 from peft.tuners.lora import LoraLayer
 
+import loraclr
 from loraclr import files, merging, scenes
 from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.concept import Concept
 from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
 from loraclr.keys import Family, kohya_name
-from loraclr.merging import Concept, Settings
+from loraclr.merging import Settings
 from loraclr.polish import missed, polish
 from miniature import checkpoint
 
@@ -91,7 +93,7 @@ def test_a_merge_is_a_file_that_diffusers_loads(host, tmp_path: Path) -> None:
     merged = merging.merge(host, concepts(host), Settings(speed="closed", **QUICK))
     assert set(merged.layers) == set(concepts(host)[0].lora.layers)
     assert any("te2" in name for name in merged.layers) == (host.family == "sdxl")
-    path = merging.write(merged, tmp_path / "both.safetensors", dtype=torch.float32)
+    path = loraclr.write(merged, tmp_path / "both.safetensors", dtype=torch.float32)
     assert files.load(path).family == host.family
 
     def seen() -> tuple[torch.Tensor, torch.Tensor]:

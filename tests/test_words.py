@@ -9,8 +9,10 @@ import torch
 from toy import WIDTH, ToyHost, toy_lora
 
 from loraclr import files
+from loraclr.concept import Concept
 from loraclr.lora import LoRA
-from loraclr.merging import Concept, Settings, merge, write
+from loraclr.merging import Settings, merge
+from loraclr.result import write
 
 WORD = "<potter1>"
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)

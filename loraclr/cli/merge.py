@@ -17,10 +17,11 @@ from loraclr.cli.progress import Line, clock
 if TYPE_CHECKING:
     from torch import nn
 
+    from loraclr.concept import Concept
     from loraclr.hosts.standalone import Standalone
-    from loraclr.merging import Concept, Merge
     from loraclr.methods import Method
     from loraclr.recipe import Recipe
+    from loraclr.result import Merge
 
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -221,13 +222,13 @@ def prepare_host(args: argparse.Namespace, concepts: list[Concept]) -> Standalon
     Raises:
         Refused: one sentence for whatever is wrong.
     """
-    from loraclr import merging
+    from loraclr.concept import check
     from loraclr.hosts.standalone import open_checkpoint
 
     with refusing():
         quiet()
         host = open_checkpoint(args.checkpoint, args.device)
-        merging.check(host, concepts)
+        check(host, concepts)
     return host
 
 
@@ -281,7 +282,8 @@ def refusing() -> Iterator[None]:
 
 def concept_of(entry: Entry, needs_trigger: bool = True) -> Concept:
     """Load an entry's file; its trigger words come from the file if none are given."""
-    from loraclr import blocks, files, merging
+    from loraclr import blocks, files
+    from loraclr.concept import Concept, check_weights
 
     lora = files.load(entry.path)
     trigger = (entry.trigger if entry.trigger is not None else lora.triggers()).strip()
@@ -292,8 +294,8 @@ def concept_of(entry: Entry, needs_trigger: bool = True) -> Concept:
     except ValueError as error:
         raise ValueError(f"{entry.path.name}: {error}") from error
     weight = 1.0 if entry.weight is None else entry.weight
-    concept = merging.Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject", blocks=weights)
-    merging.check_weights(concept)
+    concept = Concept(lora, trigger, weight, entry.text_weight, entry.kind or "subject", blocks=weights)
+    check_weights(concept)
     return concept
 
 
@@ -351,12 +353,12 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
     """Write the file; Ctrl-C waits until both file and sidecar are there."""
     import torch
 
-    from loraclr import merging
+    from loraclr import result
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with refusing():
-            merging.write(
+            result.write(
                 merge, args.output, getattr(torch, DTYPES[args.dtype]), args.overwrite, not args.separate_embeddings
             )
     finally:

@@ -12,9 +12,11 @@ from modules import progress, shared
 from PIL import Image
 
 from loraclr import blocks, files, methods
+from loraclr.concept import Concept
 from loraclr.hosts.a1111 import A1111, report
-from loraclr.merging import POLISH_STEPS, Cancelled, Concept, Merge, Settings, write
+from loraclr.merging import POLISH_STEPS, Cancelled, Settings
 from loraclr.prompts import Kind
+from loraclr.result import Merge, write
 from loraclr.webui import library, pictures, target
 from loraclr.webui.pictures import Comparison
 

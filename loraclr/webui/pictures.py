@@ -13,10 +13,12 @@ from torch import nn
 from loraclr import capture, methods, prompts
 from loraclr.capture import Bank, Changes
 from loraclr.changes import changes_of
+from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
 from loraclr.hosts import Host
 from loraclr.lora import LoRA
-from loraclr.merging import Cancelled, Concept, Merge, Settings
+from loraclr.merging import Cancelled, Settings
+from loraclr.result import Merge
 
 ALONE, TOGETHER, MERGED = "its own LoRA", "the LoRAs stacked", "the merged LoRA"
 _SEEDS = 2  # pictures of each concept

@@ -15,8 +15,8 @@ import gradio as gr
 from PIL import Image
 
 from loraclr import report
-from loraclr.merging import Merge
 from loraclr.report import Gallery, Shot, Table
+from loraclr.result import Merge
 from loraclr.webui import pictures
 from loraclr.webui.job import Done
 from loraclr.webui.pictures import Comparison

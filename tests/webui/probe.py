@@ -11,6 +11,7 @@ from fastapi import Body, FastAPI
 from modules import devices, script_callbacks, shared
 from modules.call_queue import queue_lock
 
+import loraclr
 from loraclr import files, merging
 from loraclr.capture import Changes, applied, changes_of
 from loraclr.hosts.a1111 import A1111
@@ -70,7 +71,7 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
         before = weights()
         host = A1111()
         concepts = [
-            merging.Concept(files.load(networks.available_networks[n].filename), trigger, prompts=("a {}",))
+            loraclr.Concept(files.load(networks.available_networks[n].filename), trigger, prompts=("a {}",))
             for n, trigger in zip(names, triggers, strict=True)
         ]
         calls = []
@@ -82,7 +83,7 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
             repeated = (host.predict(x, t, ours) - prediction).norm() / prediction.norm()
         settings = merging.Settings(speed="closed", **QUICK)
         merged = merging.merge(host, concepts, settings)
-        path = merging.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
+        path = loraclr.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
         untouched = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         host.publish(path)
         lora = files.load(path)

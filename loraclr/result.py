@@ -1,0 +1,154 @@
+"""The result of a merge: layers of one LoRA with what is known about them, and the file that it becomes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraclr import files
+from loraclr.concept import Concept
+from loraclr.embeddings import Embeddings, distinct
+from loraclr.formats import Norm
+from loraclr.keys import Family
+from loraclr.lora import Layer
+
+
+@dataclass
+class Merge:
+    """The result: layers of one LoRA, and what is known about them.
+
+    Attributes:
+        settings: a dataclass of what the method was told.
+        method: its name in `loraclr.methods`.
+        missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
+            (0 is perfect), after the closed form and after the polish.
+        seconds: wall-clock time by stage.
+        words: the embeddings that the LoRAs bring along.
+        notes: what users should know, a sentence each.
+    """
+
+    family: Family
+    concepts: list[Concept]
+    settings: Any
+    method: str = "loraclr"
+    layers: dict[str, Layer | Norm] = field(default_factory=dict)
+    missed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    words: Embeddings = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def prompt(self, name: str) -> str:
+        """What to type to use the merged file under this name."""
+        return f"<lora:{name}:1> {self.triggers}".rstrip()
+
+    @property
+    def ranks(self) -> str:
+        """The ranks of its layers in words."""
+        ranks = sorted({layer.rank for layer in self.layers.values() if layer.rank is not None})
+        if not ranks:
+            return "norm layers only"
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+    @property
+    def triggers(self) -> str:
+        """Every concept's trigger words."""
+        return ", ".join(concept.trigger for concept in self.concepts if concept.trigger)
+
+    def recipe(self) -> dict:
+        """Everything needed to run the same merge again, for the file's metadata."""
+        concepts = [
+            {
+                "file": concept.lora.path.name if concept.lora.path else concept.lora.name,
+                "hash": files.model_hash(concept.lora.path) if concept.lora.path else "",
+                "trigger": concept.trigger,
+                "weight": concept.weight,
+                "text_weight": concept.text_weight,
+                "kind": concept.kind,
+                "prompts": concept.prompts,
+                "blocks": concept.blocks,
+            }
+            for concept in self.concepts
+        ]
+        settings = asdict(self.settings)
+        return {
+            "version": files.VERSION,
+            "method": self.method,
+            "concepts": concepts,
+            "settings": settings,
+            "missed": self.missed,
+        }
+
+
+def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
+    """A merge with no layers yet, its concepts' words under names that no two of them share."""
+    result = Merge(concepts[0].lora.family, [], settings)
+    renames = distinct([concept.lora.words for concept in concepts])
+    for concept, renamed in zip(concepts, renames, strict=True):
+        result.concepts.append(concept.with_words(renamed))
+        result.words |= result.concepts[-1].lora.words
+        for old, new in renamed.items():
+            result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
+        if concept.lora.layer_embeddings:
+            words = ", ".join(concept.lora.layer_embeddings)
+            result.notes.append(f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept.")
+    return result
+
+
+_OPEN_CLIP_ATTENTION: dict[Family, str] = {
+    "sd2": r"(lora_te_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+    "sdxl": r"(lora_te2_text_model_encoder_layers_\d+_self_attn)_(?:q|k|v|out)_proj",
+}
+
+
+def with_whole_attention(layers: Mapping[str, Layer | Norm], family: Family) -> dict[str, Layer | Norm]:
+    """The layers, and zeros for what an attention of OpenCLIP lacks: the webui takes q, k, v and out together only."""
+    whole = dict(layers)
+    for name, layer in layers.items():
+        match = re.fullmatch(_OPEN_CLIP_ATTENTION.get(family, "(?!)"), name)
+        for side in ("q", "k", "v", "out") if match else ():
+            width = layer.up.shape[0]
+            whole.setdefault(f"{match[1]}_{side}_proj", Layer(torch.zeros(width, 1), torch.zeros(1, width), 1.0))
+    return whole
+
+
+#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
+MOST_BUNDLED = 12
+
+
+def write(
+    merge: Merge,
+    path: str | Path,
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+    bundle: bool = True,
+) -> Path:
+    """Write the merged LoRA with metadata and sidecar.
+
+    Its words are bundled, unless `bundle` is off or they make more keys than Forge allows: then each is a file of its
+    own, in a folder beside the LoRA, for the webui's folder of embeddings, and `merge.notes` says so.
+
+    Raises:
+        FileExistsError: a file is there and `overwrite` is not set.
+    """
+    path = Path(path)
+    loras = [concept.lora for concept in merge.concepts]
+    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
+    layers = with_whole_attention(merge.layers, merge.family)
+    metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
+    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
+    if merge.words and not bundle and (overwrite or not path.exists()):
+        folder = path.with_name(f"{path.stem} embeddings")
+        files.save_embeddings(folder, merge.words, overwrite)
+        merge.notes.append(
+            f"Move the files in {folder.name} into the webui's folder of embeddings: the prompt uses them."
+        )
+    files.save(path, layers, metadata, dtype, overwrite, merge.words if bundle else None)
+    named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
+    notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
+    files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
+    return path
