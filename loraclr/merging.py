@@ -23,6 +23,7 @@ from loraclr.lora import Layer
 from loraclr.polish import missed, polish
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
+from loraclr.whitening import Whitening, whitening
 
 Speed = Literal["closed", "fast", "balanced", "best"]
 
@@ -163,6 +164,7 @@ class _Run:
         self.statistics: dict[str, Statistics | NormStatistics] = {}
         self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
@@ -304,6 +306,7 @@ class _Run:
     def solve(self, stage: str) -> None:
         """The closed form of every layer watched since the last time, at the rank that was asked for."""
         self.tick(stage)
+        whitenings: dict[int, Whitening] = {}  # by Gram matrix: layers that read the same share one
         for name, statistics in self.statistics.items():
             up, down = statistics.solve(self.settings.ridge)
             if isinstance(statistics, NormStatistics):
@@ -313,6 +316,10 @@ class _Run:
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
+            if isinstance(statistics, Statistics) and POLISH_STEPS[self.settings.speed]:
+                gram = statistics.gram
+                known = whitenings.get(id(gram)) or whitening(gram, self.host.device)
+                whitenings[id(gram)] = self.whitenings[name] = known
         self.statistics = {}
 
     def polish(self) -> tuple[list[float], list[float]]:
@@ -333,6 +340,7 @@ class _Run:
                     self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
                     lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                     1 if self.size > SEVERAL else None,
+                    self.whitenings,
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from loraclr.capture import Bank, Changes, applied
 from loraclr.hosts import Host
+from loraclr.whitening import Whitening
 
-RATE = 0.03  # learning rate of a factor relative to its own root mean square, for short runs
-LONG_RATE = 0.02  # the same for runs of 200 steps and more
+RATE = 0.02  # learning rate of a factor relative to its own root mean square
 LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
@@ -33,13 +33,10 @@ class Row:
     entry: int
 
 
-def balanced(changes: Changes) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same products, with both factors of a layer of one root mean square, so that one learning rate fits both."""
-    result = {}
-    for name, (up, down) in changes.items():
-        ratio = (_rms(down) / _rms(up)).clamp(1e-6, 1e6).sqrt()
-        result[name] = (up * ratio, down / ratio)
-    return result
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, with both factors of one root mean square, so that one learning rate fits both."""
+    ratio = (_rms(down) / _rms(up)).clamp(1e-6, 1e6).sqrt()
+    return up * ratio, down / ratio
 
 
 def _rms(value: Tensor) -> Tensor:
@@ -57,8 +54,11 @@ def polish(
     seed: int,
     tick: Callable[[int, float], None],
     at_once: int | None = None,
+    whitenings: Mapping[str, Whitening] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train the factors for `steps` steps and return them.
+
+    The down factors are trained in the coordinates in which their layer's inputs are white (`loraclr.whitening`).
 
     Args:
         banks: what to learn from, one for each concept and last the neutral one.
@@ -66,19 +66,13 @@ def polish(
         batch: rows in a step.
         at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients.
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
+        whitenings: of the layers' inputs; a layer without one is trained as it is.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
-    start = balanced(changes)
-    names = list(start)
-    factors = [
-        value.detach().to(host.device, torch.float32).clone().requires_grad_()
-        for pair in start.values()
-        for value in pair
-    ]
-    live = {name: (factors[2 * place], factors[2 * place + 1]) for place, name in enumerate(names)}
-    relative = RATE if steps < 200 else LONG_RATE
-    groups = [{"params": [value], "lr": relative * _rms(value.detach()).item()} for value in factors]
+    trained = _Trained(changes, whitenings or {}, host.device)
+    factors = trained.factors
+    groups = [{"params": [value], "lr": RATE * _rms(value.detach()).item()} for value in factors]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
 
@@ -91,8 +85,11 @@ def polish(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
         # The hooks stay for the way back, on which a host may compute parts again.
+        live = trained.live()
         with torch.enable_grad(), applied(modules, live):
-            loss = _descend(host, banks, rows, at_once or batch, factors, scale)
+            leaves = [value for pair in live.values() for value in pair]
+            loss = _descend(host, banks, rows, at_once or batch, leaves, scale)
+        trained.descend(live)
         norm = nn.utils.clip_grad_norm_(factors, 1.0)
         if norm.isfinite():
             optimizer.step()
@@ -100,7 +97,37 @@ def polish(
             scale = max(1.0, scale / 8)
         first = first or loss
         tick(step + 1, loss / max(first, 1e-20))
-    return {name: (up.detach(), down.detach()) for name, (up, down) in live.items()}
+    return {name: (up.detach(), down.detach()) for name, (up, down) in trained.live().items()}
+
+
+class _Trained:
+    """The numbers that are trained, for each layer up and the whitened down, and the factors that they stand for."""
+
+    def __init__(self, changes: Changes, whitenings: Mapping[str, Whitening], device: torch.device) -> None:
+        self.names, self.whitenings = list(changes), [whitenings.get(name) for name in changes]
+        self.factors: list[Tensor] = []
+        for (up, down), whitening in zip(changes.values(), self.whitenings, strict=True):
+            up, down = up.detach().to(device, torch.float32), down.detach().to(device, torch.float32)
+            pair = balanced(up, down if whitening is None else whitening.whiten(down))
+            self.factors += [value.clone().requires_grad_() for value in pair]
+
+    @torch.no_grad()
+    def live(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors by layer name, as leaves of a graph of their own."""
+        pairs = zip(self.factors[::2], self.factors[1::2], self.whitenings, strict=True)
+        values = [(up, white if whitening is None else whitening.colour(white)) for up, white, whitening in pairs]
+        return {
+            name: (up.detach().requires_grad_(), down.detach().requires_grad_())
+            for name, (up, down) in zip(self.names, values, strict=True)
+        }
+
+    @torch.no_grad()
+    def descend(self, live: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take over the gradients of these factors; W is symmetric, so dL/dZ = dL/d(Z W) W."""
+        for place, (up, down) in enumerate(live.values()):
+            whitening = self.whitenings[place]
+            self.factors[2 * place].grad = up.grad
+            self.factors[2 * place + 1].grad = down.grad if whitening is None else whitening.colour(down.grad)
 
 
 def _descend(
