@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import loraclr
 from benchmarks import metrics, scenes
-from benchmarks.contenders import CONTENDERS, Contender, Entry
+from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
 from benchmarks.results import Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
 from loraclr import files, report
@@ -243,7 +243,11 @@ def parser() -> argparse.ArgumentParser:
         "--json", type=Path, default=Path("out/quality.json"), metavar="FILE", help="default: %(default)s"
     )
     options.add_argument("--counts", type=_listed(range(1, len(CONCEPTS) + 1), int), help="numbers of concepts: 2,4,8")
-    options.add_argument("--methods", type=_listed(CONTENDERS, str), help=f"of {', '.join(CONTENDERS)} (default: all)")
+    options.add_argument(
+        "--methods",
+        type=_listed(CONTENDERS, str),
+        help=f"of {', '.join(CONTENDERS)} (default: all but {', '.join(ON_REQUEST)})",
+    )
     options.add_argument("--seeds", type=int, help=f"how many (default: {SEEDS})")
     options.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
     return options
@@ -266,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = scenes.QUICK if args.quick else Plan()
     counts = args.counts or (QUICK_COUNTS if args.quick else COUNTS)
     seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
-    names = args.methods or (QUICK_METHODS if args.quick else tuple(CONTENDERS))
+    usual = QUICK_METHODS if args.quick else tuple(name for name in CONTENDERS if name not in ON_REQUEST)
+    names = args.methods or usual
     result = run(args.json, plan, counts, seeds, names, open_miniature(args.device), Judge.load())
     print(report.text(table(result)))
 

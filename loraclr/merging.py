@@ -58,6 +58,7 @@ class Settings:
         anchor: the same in the closed form.
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
+        directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
@@ -70,6 +71,7 @@ class Settings:
     anchor: float = 0.0
     scenes: int = 2
     binding: float = 0.5
+    directions: int = 64
     ridge: float = 1e-3
     steps: int = 16
     guidance: float = 4.0
@@ -165,6 +167,7 @@ class _Run:
         self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
+        self.whitens = settings.directions > 0 and POLISH_STEPS[settings.speed] > 0
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
@@ -316,9 +319,9 @@ class _Run:
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
-            if isinstance(statistics, Statistics) and POLISH_STEPS[self.settings.speed]:
+            if isinstance(statistics, Statistics) and self.whitens:
                 gram = statistics.gram
-                known = whitenings.get(id(gram)) or whitening(gram, self.host.device)
+                known = whitenings.get(id(gram)) or whitening(gram, self.settings.directions, self.host.device)
                 whitenings[id(gram)] = self.whitenings[name] = known
         self.statistics = {}
 

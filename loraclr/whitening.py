@@ -16,7 +16,6 @@ from torch import Tensor
 
 from loraclr.solve import float64_device
 
-DIRECTIONS = 64  # of the inputs that are scaled one by one
 DAMPING = 1e-3  # δ: energy, relative to the mean of all directions, below which they are no longer told apart
 ROUNDS, SPARE = 4, 16  # of the subspace iteration, and columns beyond those that are wanted
 
@@ -49,10 +48,12 @@ class Whitening:
 
 
 @torch.no_grad()
-def whitening(gram: Tensor, device: torch.device, directions: int = DIRECTIONS) -> Whitening:
-    """The whitening of inputs with this Gram matrix (d, d), on `device`; a zero one gives the identity up to a factor.
+def whitening(gram: Tensor, directions: int, device: torch.device) -> Whitening:
+    """The whitening of inputs with this Gram matrix (d, d), with the largest `directions` of it, on `device`.
 
-    The largest eigenvectors by subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): d² k work, where all
+    A zero matrix gives the identity up to a factor.
+
+    The eigenvectors by subspace iteration (Halko, Martinsson & Tropp 2011, algorithm 4.4): d² k work, where all
     of them would take d³.
     """
     gram = gram.to(float64_device(gram.device), torch.float32)

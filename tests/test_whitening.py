@@ -30,14 +30,14 @@ def definition(matrix: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("count", [4, 12, 24, 100])
 def test_is_the_inverse_root_of_the_gram_matrix(count: int) -> None:
     matrix = gram()
-    found = whitening(matrix, CPU, count).colour(torch.eye(24)).double()
+    found = whitening(matrix, count, CPU).colour(torch.eye(24)).double()
     expected = definition(matrix, count)
     assert (found - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_inputs_are_white_where_they_have_energy() -> None:
     matrix = gram()
-    scale = whitening(matrix, CPU).colour(torch.eye(24))
+    scale = whitening(matrix, 64, CPU).colour(torch.eye(24))
     white = torch.linalg.eigvalsh(scale @ (matrix / matrix.diagonal().mean()) @ scale)
     assert white[-8:].min() > 0.9 and white.max() < 1.001
     assert torch.linalg.cond(scale @ matrix @ scale) < 0.02 * torch.linalg.cond(matrix)
@@ -45,13 +45,13 @@ def test_inputs_are_white_where_they_have_energy() -> None:
 
 def test_whiten_undoes_colour() -> None:
     rows = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
-    found = whitening(gram(), CPU, 6)
+    found = whitening(gram(), 6, CPU)
     torch.testing.assert_close(found.colour(found.whiten(rows)), rows, rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_that_were_never_seen_leave_the_directions_equal() -> None:
     rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
-    found = whitening(torch.zeros(8, 8), CPU).colour(rows)
+    found = whitening(torch.zeros(8, 8), 64, CPU).colour(rows)
     torch.testing.assert_close(found / found.norm(), rows / rows.norm())
 
 
@@ -59,7 +59,7 @@ def test_gradients_of_what_is_trained_are_autograds() -> None:
     generator = torch.Generator().manual_seed(3)
     changes = {"a": (torch.randn(7, 2, generator=generator), torch.randn(2, 24, generator=generator))}
     wanted = torch.randn(7, 24, generator=generator)
-    found = whitening(gram(), CPU, 6)
+    found = whitening(gram(), 6, CPU)
     trained = _Trained(changes, {"a": found}, CPU)
 
     live = trained.live()
