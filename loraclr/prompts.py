@@ -28,6 +28,10 @@ STYLE = (
     "a fish on a yellow background in {}",
     "a cake in {}",
     "a bird on a green background in {}",
+    "a bee in {}",
+    "a cherry on a white background in {}",
+    "a sunflower on a gray background in {}",
+    "a heart and a star on a red background in {}",
 )
 PAIR = (
     "a {} and a {}",

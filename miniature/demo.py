@@ -45,7 +45,7 @@ class Plan:
     pictures: int = 8
     seed: int = 0
     scenes: int = 2
-    style: bool = False
+    style: bool = True
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def _round(
     return turn
 
 
-def chosen(count: int, style: bool = False) -> tuple[Concept, ...]:
-    """What `count` LoRAs are merged: things, and if asked for, or if there are no more, a style among them."""
+def chosen(count: int, style: bool = True) -> tuple[Concept, ...]:
+    """What `count` LoRAs are merged: things, and if there is to be one, or if there are no more, a style among them."""
     styles = STYLES[: max(int(style and count > 1), count - len(THINGS))]
     return (*THINGS[: count - len(styles)], *styles)
 

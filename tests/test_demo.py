@@ -12,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
+import loraclr
 from loraclr import files, merging, prompts
 from loraclr.lora import Layer
 from miniature import demo, evaluate
@@ -32,11 +33,11 @@ def test_no_prompt_of_the_demo_is_one_of_the_merge() -> None:
 
 def test_what_is_merged() -> None:
     assert demo.chosen(1) == (TIGER,)
-    assert demo.chosen(2) == (TIGER, PANDA)
-    assert demo.chosen(2, style=True) == (TIGER, OUTLINE)
-    assert demo.chosen(4, style=True) == (TIGER, PANDA, CONCEPT["hamburger"], OUTLINE)
+    assert demo.chosen(2, style=False) == (TIGER, PANDA)
+    assert demo.chosen(2) == (TIGER, OUTLINE)
+    assert demo.chosen(4) == (TIGER, PANDA, CONCEPT["hamburger"], OUTLINE)
     for count in range(1, len(CONCEPTS) + 1):
-        assert len(set(demo.chosen(count))) == len(set(demo.chosen(count, style=True))) == count
+        assert len(set(demo.chosen(count))) == len(set(demo.chosen(count, style=False))) == count
 
 
 def test_pairs_come_in_both_orders_and_never_two_styles() -> None:
@@ -67,10 +68,10 @@ def test_demo_writes_report_picture_and_files(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(demo, "LORAS", tmp_path)
     monkeypatch.setattr(demo, "open_miniature", lambda _: Host())
 
-    def merge(host, concepts, settings, progress) -> result.Merge:
+    def merge(host, concepts, settings, progress) -> loraclr.Merge:
         progress("Polishing", 0.5, None)
         layers = dict(concepts[0].lora.layers)
-        return result.Merge(family="sd1", concepts=concepts, settings=settings, layers=layers)
+        return loraclr.Merge(family="sd1", concepts=concepts, settings=settings, layers=layers)
 
     monkeypatch.setattr(merging, "merge", merge)
     shares: list[float] = []

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--speed", choices=["closed", "fast", "balanced", "best"], default="fast", help="default: fast")
     parser.add_argument("--pictures", type=int, default=8, metavar="K", help="pictures of each concept (default: 8)")
-    parser.add_argument("--style", action="store_true", help="one of the LoRAs is a style, outline")
+    parser.add_argument("--things", action="store_true", help="merge things only; else one of the LoRAs is a style")
     parser.add_argument("--scenes", type=int, default=2, help="as in merge; default: 2")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
             f"The folder {args.output} cannot be made ({error.strerror}): choose another --output."
         ) from error
 
-    plan = demo.Plan(tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed, args.scenes, args.style)
+    plan = demo.Plan(
+        tuple(dict.fromkeys(args.concepts)), args.speed, args.pictures, args.seed, args.scenes, not args.things
+    )
     with Line() as line:
         result = demo.run(args.output, plan, line, device)
     print(result.table)
