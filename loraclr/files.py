@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> LoRA:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise LoRAFormatError(f"{path.name} {what} ({path}); choose a .safetensors file.")
     lora = _from_torch(path) if path.suffix in pickled.SUFFIXES else _from_safetensors(path)
-    return replace(lora, activation=_activation_text(path))
+    return replace(lora, activation=activation_text(path))
 
 
 def _from_safetensors(path: Path) -> LoRA:
@@ -270,10 +270,10 @@ def _write(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def _activation_text(path: Path) -> str:
+def activation_text(path: str | os.PathLike[str]) -> str:
     """The user's activation text from the webui's sidecar; a missing or broken sidecar is no reason to fail."""
     try:
-        fields = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        fields = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     text = fields.get("activation text", "") if isinstance(fields, dict) else ""

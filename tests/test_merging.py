@@ -16,7 +16,7 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, Settings, merge
+from loraclr.merging import Cancelled, Settings, merge, work
 from loraclr.result import with_whole_attention, write
 
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
@@ -238,6 +238,20 @@ def test_progress_rises_to_one_and_tells_the_stages() -> None:
     stages = " ".join(dict.fromkeys(stage for stage, _, _ in seen))
     assert "words" in stages and "tiger" in stages and "Polishing" in stages
     assert all(left >= 0 for _, _, left in seen if left is not None)
+
+
+def test_progress_counts_the_pictures_of_two() -> None:
+    """They take their part of the way, and the end is reached only by the last step of the polish."""
+    host, seen = ToyHost(), []
+    concepts = [Concept(toy_lora(host, name, k), name) for k, name in enumerate(("tiger", "panda"), 1)]
+    settings = Settings(speed="fast", steps=3, size=32, scenes=2)
+    merge(host, concepts, settings, lambda *told: seen.append(told))
+    ends = [share for stage, share, _ in seen if stage == "Polishing, step 80 of 80"]
+    assert ends == [pytest.approx(1.0, abs=0.01)]
+    assert max(share for stage, share, _ in seen if stage == "Polishing, step 79 of 80") < 1.0
+    looked = [share for stage, share, _ in seen if stage == "Looking at two in one picture"]
+    rows = 4 * 2 * 2 * settings.steps  # scenes, halves of each, with and without the prompt
+    assert looked[-1] - looked[0] == pytest.approx(rows / work(host, concepts, settings))
 
 
 @pytest.mark.parametrize("when", [0.05, 0.5, 0.9])

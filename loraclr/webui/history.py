@@ -85,7 +85,7 @@ def loaded(name: str | None) -> list[Any]:
     if gone:
         gr.Warning(f"No longer in the LoRA folder: {', '.join(gone)}.")
     values = settings.written(str(told.get("method", "loraclr")), told.get("settings") or {})
-    return [list(lines), *rows.arranged(list(lines), lines), *values]
+    return [*rows.filled(lines), *values]
 
 
 def _line(concept: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from PIL import Image
 from loraclr import blocks, files, methods
 from loraclr.concept import Concept
 from loraclr.hosts.a1111 import A1111, report
-from loraclr.merging import POLISH_STEPS, Cancelled, Settings
+from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
 from loraclr.result import Merge, write
 from loraclr.webui import library, pictures, target
@@ -97,7 +97,7 @@ def run(task: str, order: Order) -> Done:
     method = methods.METHODS[order.method]
     host = _Shown()
     concepts = [concept_of(row) for row in order.rows]
-    share = _share_of_merge(concepts, order)
+    share = _share_of_merge(host, concepts, order)
 
     def tell(stage: str, fraction: float, left: float | None = None) -> None:
         report(stage, share * fraction, left)
@@ -164,15 +164,14 @@ def _dtype() -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(shared.opts.data.get("loraclr_precision"), torch.float16)
 
 
-def _share_of_merge(concepts: Sequence[Concept], order: Order) -> float:
+def _share_of_merge(host: A1111, concepts: Sequence[Concept], order: Order) -> float:
     """How much of the whole work is the merge; the rest is the pictures."""
     if not order.draw:
         return 1.0
-    settings, drawing = order.settings, pictures.rows_through_unet(concepts, order.settings)
     if not methods.METHODS[order.method].needs_model:
         return 0.1
-    looked = 2 * sum(9 if not concept.prompts else len(concept.prompts) + 1 for concept in concepts) * settings.steps
-    return 1 - drawing / (drawing + looked + 3 * 32 * POLISH_STEPS[settings.speed])
+    drawing = pictures.rows_through_unet(concepts, order.settings)
+    return 1 - drawing / (drawing + work(host, concepts, order.settings))
 
 
 def _preview(comparison: Comparison, path: Path) -> None:

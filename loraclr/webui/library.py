@@ -10,6 +10,7 @@ import networks  # the webui's own LoRA extension
 from modules import sd_models, shared
 
 from loraclr.keys import Family
+from loraclr.webui import labels
 
 # The webui lists neither; ED-LoRA's files are of the first kind.
 _UNLISTED = (".pth", ".bin")
@@ -17,14 +18,37 @@ _VERSIONS: dict[str, Family] = {"SD1": "sd1", "SD2": "sd2", "SDXL": "sdxl"}
 _TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>")
 
 
-def names(family: Family | None = None) -> list[str]:
-    """Every LoRA by the name that `<lora:NAME:1>` takes; those that only we can read, by their file names.
+def names() -> list[str]:
+    """Every LoRA by the name that `<lora:NAME:1>` takes; those that only we can read, by their file names."""
+    return sorted({*networks.available_networks, *(path.name for path in _unlisted())}, key=str.casefold)
 
-    With a family, those that the webui believes to be of another one are left out. Nothing is opened for that.
+
+def listed(family: Family | None = None, hidden: bool = True) -> list[str]:
+    """Every LoRA's label for the list, see `loraclr.webui.labels`.
+
+    With a family, those that the webui believes to be of another one are left out; without `hidden`, those in hidden
+    folders. No LoRA is opened for that.
     """
-    listed = [name for name in networks.available_networks if family in (None, believed(name) or family)]
-    more = [path.name for path in _unlisted()] if family in (None, "sd1") else []
-    return sorted({*listed, *more}, key=str.casefold)
+    root = str(folder())
+    found = [] if family not in (None, "sd1") else [(path.name, str(path), {}) for path in _unlisted()]
+    for name, entry in list(networks.available_networks.items()):
+        if family in (None, believed(name) or family):
+            found.append((name, entry.filename, entry.metadata))
+    shown = (labels.of(*each[:2], root, each[2]) for each in found if hidden or not labels.hidden(each[1], root))
+    return sorted(shown, key=str.casefold)
+
+
+def labelled(chosen: Sequence[str]) -> list[str]:
+    """These LoRAs' labels as they are now; one that is gone keeps its name."""
+    root, now = str(folder()), []
+    for name in map(labels.name_of, chosen):
+        entry = networks.available_networks.get(name)
+        if entry is not None:
+            now.append(labels.of(name, entry.filename, root, entry.metadata))
+        else:
+            path = next((path for path in _unlisted() if path.name == name), None)
+            now.append(name if path is None else labels.of(name, str(path), root, {}))
+    return now
 
 
 def refresh() -> None:
@@ -39,6 +63,13 @@ def path_of(name: str) -> Path:
     if path is None or not path.is_file():
         raise ValueError(f"{name} is no longer in the LoRA folder; press the refresh button and choose again.")
     return path
+
+
+def folder_of(name: str) -> str:
+    """The folder of a LoRA below the LoRA folder, with a slash before it; "" for one that lies directly there."""
+    entry = networks.available_networks.get(name)
+    place = "" if entry is None else labels.folder(entry.filename, str(folder()))
+    return f"/{place}" if place else ""
 
 
 def believed(name: str) -> Family | None:

@@ -13,7 +13,7 @@ from modules.call_queue import wrap_gradio_gpu_call
 from modules.ui_components import FormRow
 
 from loraclr.merging import Cancelled
-from loraclr.webui import card, history, job, results, rows, settings, target
+from loraclr.webui import card, history, job, labels, results, rows, settings, target
 
 
 def build() -> gr.Blocks:
@@ -77,8 +77,9 @@ def _output() -> tuple[Any, Any, Any]:
 
 def _note(name: str, replace: bool, rank: Any, chosen: list[str]) -> str:
     """What will be written, or why it cannot be."""
+    chosen = [labels.name_of(label) for label in chosen or []]
     try:
-        path = target.path_for(name or "", chosen or [], replace)
+        path = target.path_for(name or "", chosen, replace)
         limit = settings.rank_of(rank)
     except ValueError as error:
         return f'<small class="loraclr-wrong">{escape(str(error))}</small>'

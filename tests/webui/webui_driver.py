@@ -150,9 +150,14 @@ class Tab:
             field = self.page.locator("#loraclr_loras input")
             field.click()
             field.fill(name)
-            self.page.locator(f'#loraclr_loras ul.options li[aria-label="{name}"]').click()
+            self.listed(name).click()
             self.page.locator(".loraclr-concept:visible").nth(before).wait_for()
         self.page.keyboard.press("Escape")
+
+    def listed(self, name: str) -> Any:
+        """A LoRA in the open list, whatever folder and trigger words stand behind its name."""
+        option = "#loraclr_loras ul.options li"
+        return self.page.locator(f'{option}[aria-label="{name}"], {option}[aria-label^="{name}\u2003"]')
 
     def trigger(self, number: int) -> Any:
         """The field of a row's trigger words."""
