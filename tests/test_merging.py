@@ -17,7 +17,8 @@ from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
 from loraclr.merging import Cancelled, Settings, merge, work
-from loraclr.result import with_whole_attention, write
+from loraclr.recipe import read as recipe_of
+from loraclr.result import Merge, note_bled, with_whole_attention, write
 
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
 
@@ -335,6 +336,25 @@ def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
     assert result.prompt("both") == "<lora:both:1> sks, zyk"
     with pytest.raises(FileExistsError):
         write(result, path)
+    note_bled(path, {"tiger": {"panda": 0.125}})
+    assert json.loads(files.load(path).metadata["loraclr.recipe"]) == {**recipe, "bled": {"tiger": {"panda": 0.125}}}
+    assert recipe_of(path).method == "loraclr", "what was measured is no part of what is to be done"
+
+
+def test_a_replaced_merge_renews_its_notes_unless_they_are_the_users(tmp_path) -> None:
+    host, path = ToyHost(), tmp_path / "it.safetensors"
+
+    def merged(words: str) -> Merge:
+        return merge(host, [Concept(toy_lora(host, "tiger", 1), words)], CLOSED)
+
+    write(merged("sks"), path)
+    write(again := merged("zyk"), path, overwrite=True)
+    assert files.activation_text(path) == "zyk" and not again.notes
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace('"zyk"', '"my tiger"'))
+    write(again := merged("sks"), path, overwrite=True)
+    assert files.activation_text(path) == "my tiger"
+    assert again.notes == ["it.json holds notes of yours and stays as it is, activation text included."]
 
 
 def test_layers_looked_at_in_passes_merge_to_the_same(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any
 import torch
 from modules import progress, shared
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from loraclr import blocks, files, methods
 from loraclr.concept import Concept
 from loraclr.hosts.a1111 import A1111, report
 from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
-from loraclr.result import Merge, write
+from loraclr.result import Merge, note_bled, write
 from loraclr.webui import library, pictures, target
+from loraclr.webui.language import say
 from loraclr.webui.pictures import Comparison
+
+# By which a preview picture is known as one of ours.
+_SIGNATURE = ("Software", "LoRACLR Merge")
 
 # Jobs that were interrupted while another one was running before them.
 _called_off: set[str] = set()
@@ -119,6 +125,7 @@ def run(task: str, order: Order) -> Done:
         report(what, share + (1 - share) * done)
 
     comparison = pictures.compare(host, merged, order.settings, drawing)
+    note_bled(path, _bled(merged, comparison))
     _preview(comparison, path)
     host.publish(path)
     return Done(merged, path, comparison)
@@ -131,19 +138,25 @@ def check(order: Order) -> Path:
     """
     if len(order.rows) < 2:
         raise ValueError(
-            "Choose two or more LoRAs to merge." if order.rows else "No LoRA is chosen yet: choose two or more above."
+            say("Choose two or more LoRAs to merge.")
+            if order.rows
+            else say("No LoRA is chosen yet: choose two or more above.")
         )
     if order.method not in methods.METHODS:
         raise ValueError(f"There is no method {order.method}: choose one of {', '.join(methods.METHODS)}.")
     if order.settings.rank == "auto" and not methods.METHODS[order.method].needs_model:
-        raise ValueError(f"The method {order.method} knows no automatic rank: choose a number, or exact.")
+        raise ValueError(
+            say("The method {method} knows no automatic rank: choose a number, or exact.", method=order.method)
+        )
     path = target.path_for(order.name, [row.name for row in order.rows], order.replace)
     for row in order.rows:
         library.path_of(row.name)
         if row.weight is None:
-            raise ValueError(f"{row.name} has no weight; 1 is its usual strength.")
+            raise ValueError(say("{name} has no weight; 1 is its usual strength.", name=row.name))
         if not row.trigger.strip():
-            raise ValueError(f"{row.name} has no trigger words yet: write the words that call it into its row.")
+            raise ValueError(
+                say("{name} has no trigger words yet: write the words that call it into its row.", name=row.name)
+            )
     return path
 
 
@@ -174,19 +187,42 @@ def _share_of_merge(host: A1111, concepts: Sequence[Concept], order: Order) -> f
     return 1 - drawing / (drawing + work(host, concepts, order.settings))
 
 
+def _bled(merged: Merge, comparison: Comparison) -> dict[str, dict[str, float]]:
+    """How much of the other LoRAs showed in the pictures of each concept, for the recipe."""
+    names = [concept.lora.name for concept in merged.concepts]
+    return {
+        name: {other: share for other, share in zip(names, shares, strict=True) if not math.isnan(share)}
+        for name, shares in zip(names, comparison.crosstalk, strict=False)
+    }
+
+
 def _preview(comparison: Comparison, path: Path) -> None:
-    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Never replaces one."""
+    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Replaces only one of ours."""
     file = path.with_suffix(".preview.png")
-    found = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
+    others = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
     drawn = [row.after[0] for row in comparison.concepts[:4]]
-    if not drawn or any(other.exists() for other in found) or not shared.opts.data.get("loraclr_preview", True):
+    if not drawn or not shared.opts.data.get("loraclr_preview", True):
+        return
+    if any(other.exists() and not (other == file and _is_ours(file)) for other in others):
         return
     width, height = drawn[0].size
     columns = 1 if len(drawn) == 1 else 2
     sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height))
     for place, picture in enumerate(drawn):
         sheet.paste(picture, (place % columns * width, place // columns * height))
-    sheet.save(file)
+    signed = PngInfo()
+    signed.add_text(*_SIGNATURE)
+    sheet.save(file, pnginfo=signed)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a preview was drawn here."""
+    key, value = _SIGNATURE
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get(key) == value
+    except OSError:
+        return False
 
 
 def interrupt(task: str) -> None:
