@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 
 import pytest
 
@@ -18,9 +19,9 @@ SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 #: Arguments that the user reads, by name; and calls whose first argument is read, by the called thing's name.
 READ = ("label", "info", "placeholder", "tooltip")
-SAID_FIRST = ("Button", "Accordion", "info")
+SAID_FIRST = ("Button", "Accordion", "info", "say")
 #: Constants with text in HTML.
-TEXTS = ("HEADING", "EMPTY", "NOTHING", "OTHER", "WELCOME")
+TEXTS = ("HEADING", "EMPTY", "NOTHING", "NONE", "OTHER", "WELCOME")
 #: Names and signs that are the same everywhere.
 SAME = re.compile(r"LoRA|[^\w]*|exact|auto|\d+")
 
@@ -52,8 +53,8 @@ def _strings(node: ast.AST) -> Iterator[str]:
 def test_the_strings_are_found() -> None:
     """The walk over the sources sees labels, buttons, placeholders, notes and texts."""
     assert {
-        "LoRAs to merge", "Merge", "left empty: named after the LoRAs in it", "Type to search.", "Text enc.",
-        "Number format of merged LoRAs", "same", "Load settings",
+        "LoRAs to merge", "Merge", "left empty: named after the LoRAs in it", "Compare with", "Text enc.",
+        "Number format of merged LoRAs", "same", "Load settings", "{share} bled in",
     } <= strings()  # fmt: skip
 
 
@@ -64,6 +65,22 @@ def test_nothing_is_missing_or_left_over(file: Path) -> None:
     assert not strings() - told.keys()
     assert not told.keys() - strings()
     assert all(value.strip() and value != key for key, value in told.items())
+
+
+@pytest.mark.parametrize("file", LANGUAGES, ids=lambda file: file.stem)
+def test_the_same_values_are_named(file: Path) -> None:
+    """A translation has a place for each name and figure of the sentence, and for no other."""
+    for sentence, translation in json.loads(file.read_text(encoding="utf-8")).items():
+        names = [{part[1] for part in Formatter().parse(text)} for text in (sentence, translation)]
+        assert names[0] == names[1], sentence
+
+
+def test_no_sentence_is_put_together_where_it_is_said() -> None:
+    """What is said is a constant: a sentence with values already in it would never be found."""
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say":
+                assert isinstance(node.args[0], ast.Constant), f"{source.name}, line {node.lineno}"
 
 
 def test_the_languages() -> None:

@@ -12,6 +12,7 @@ from modules import extra_networks
 from loraclr import outline
 from loraclr.keys import Family
 from loraclr.lora import LoRA
+from loraclr.webui.language import say
 
 TITLES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 _PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # the webui's, in its order
@@ -47,14 +48,19 @@ class Card:
         if self.lora is None:
             return self.problem
         if loaded is not None and self.lora.family != loaded:
-            return f"It is for {TITLES[self.lora.family]}, but the loaded checkpoint is {TITLES[loaded]}."
+            return say(
+                "It is for {family}, but the loaded checkpoint is {loaded}.",
+                family=TITLES[self.lora.family], loaded=TITLES[loaded],
+            )  # fmt: skip
         return ""
 
     @property
     def noted(self) -> str:
         """What was not understood of a file that can be read."""
         unused = () if self.lora is None else self.lora.unused
-        return f"{len(unused)} of its keys are not understood ({unused[0]})." if unused else ""
+        if not unused:
+            return ""
+        return say("{count} of its keys are not understood ({first}).", count=len(unused), first=unused[0])
 
 
 def of(path: Path) -> Card:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import networks  # the webui's own LoRA extension
 from modules import sd_models, shared
 
 from loraclr.keys import Family
 from loraclr.webui import labels
+from loraclr.webui.language import say
 
 # The webui lists neither; ED-LoRA's files are of the first kind.
 _UNLISTED = (".pth", ".bin")
@@ -61,7 +64,9 @@ def path_of(name: str) -> Path:
     entry = networks.available_networks.get(name)
     path = Path(entry.filename) if entry is not None else next((p for p in _unlisted() if p.name == name), None)
     if path is None or not path.is_file():
-        raise ValueError(f"{name} is no longer in the LoRA folder; press the refresh button and choose again.")
+        raise ValueError(
+            say("{name} is no longer in the LoRA folder; press the refresh button and choose again.", name=name)
+        )
     return path
 
 
@@ -76,6 +81,18 @@ def believed(name: str) -> Family | None:
     """The family that the webui takes a LoRA to be of, by its metadata; None if it does not know."""
     entry = networks.available_networks.get(name)
     return None if entry is None else _VERSIONS.get(entry.sd_version.name)
+
+
+def recipe(name: str | None) -> dict[str, Any]:
+    """How a LoRA was merged here, {} for any other one."""
+    entry = networks.available_networks.get(name)
+    told = {} if entry is None else entry.metadata.get("loraclr.recipe", {})
+    if isinstance(told, str):  # the webui has decoded what looks like JSON, but not in every version
+        try:
+            told = json.loads(told)
+        except ValueError:
+            return {}
+    return told if isinstance(told, dict) and isinstance(told.get("concepts"), list) else {}
 
 
 def loaded_family() -> Family | None:

@@ -11,12 +11,14 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from modules import sd_models, shared
 from modules.ui_components import FormRow, ToolButton
 
 from loraclr import blocks
 from loraclr.keys import Family
 from loraclr.webui import card, job, labels, library
 from loraclr.webui.card import Card
+from loraclr.webui.language import say
 from loraclr.webui.settings import lines_of
 
 MOST = 32  # rows of the form: gradio 3 cannot add components to a page
@@ -32,6 +34,11 @@ HEADING = (
 )
 EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
 NOTHING = "<p>There is no LoRA yet. Put some into this folder, then press the refresh button:</p><code>{folder}</code>"
+NONE = (
+    "<p>There is no checkpoint yet. "
+    "Put one into this folder, then press the refresh button at the top of the page and choose it:</p>"
+    "<code>{folder}</code>"
+)
 OTHER = (
     "<p>The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL; choose one of these at the top of the page first.</p>"
 )
@@ -206,7 +213,7 @@ def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list
     there = set(library.names())
     named = {name: weights for name, weights in library.named_in(prompt or "").items() if name in there}
     if not named:
-        gr.Warning("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>.")
+        gr.Warning(say("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>."))
         return [chosen, *arranged(_names(chosen), known)]
     lines = {}
     for name, (weight, text_weight) in named.items():
@@ -241,14 +248,21 @@ def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
     """What the rows ask for. Raises ValueError, one sentence that names the LoRA."""
     chosen = [labels.name_of(label) for label in chosen]
     if len(chosen) > MOST:
-        raise ValueError(f"{len(chosen)} LoRAs are chosen; the tab merges up to {MOST} at a time.")
+        raise ValueError(
+            say("{count} LoRAs are chosen; the tab merges up to {most} at a time.", count=len(chosen), most=MOST)
+        )
     rows = []
     for name, *values in zip(chosen, *_columns(fields), strict=False):
         row = dict(zip(FIELDS, values, strict=True))
         try:
             text_weight = _number(row["text_weight"])
         except ValueError as error:
-            raise ValueError(f'{name} has text encoder weight "{row["text_weight"]}": give it a number.') from error
+            raise ValueError(
+                say(
+                    '{name} has text encoder weight "{weight}": give it a number.',
+                    name=name, weight=row["text_weight"],
+                )
+            ) from error  # fmt: skip
         looked = lines_of(row["prompts"])
         kind, weights = row["kind"].lower(), row["blocks"] or ""
         rows.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
@@ -281,6 +295,9 @@ def _guess(name: str) -> tuple[Any, ...]:
 
 
 def _invitation() -> str:
+    """What to do first, where nothing is chosen."""
+    if not sd_models.checkpoints_list:
+        return NONE.format(folder=escape(shared.cmd_opts.ckpt_dir or sd_models.model_path))
     if library.loaded_name() and library.loaded_family() is None:
         return OTHER
     return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
@@ -318,7 +335,7 @@ def _not_a_number(text_weight: str) -> str:
     try:
         _number(text_weight)
     except ValueError:
-        return f'The text encoder weight "{text_weight}" is no number.'
+        return say('The text encoder weight "{weight}" is no number.', weight=text_weight)
     return ""
 
 

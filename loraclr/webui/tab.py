@@ -14,6 +14,7 @@ from modules.ui_components import FormRow
 
 from loraclr.merging import Cancelled
 from loraclr.webui import card, history, job, labels, results, rows, settings, target
+from loraclr.webui.language import say
 
 
 def build() -> gr.Blocks:
@@ -86,8 +87,9 @@ def _note(name: str, replace: bool, rank: Any, chosen: list[str]) -> str:
     if not chosen:
         return ""
     size = card.megabytes([rows.card_of(lora) for lora in chosen], limit if isinstance(limit, int) else None)
-    about = "at most" if limit == "auto" else "about"
-    return f"<small>{escape(path.name)}, {about} {size:.1f} MB</small>"
+    about = {"file": path.name, "size": f"{size:.1f}"}
+    told = say("{file}, at most {size} MB", **about) if limit == "auto" else say("{file}, about {size} MB", **about)
+    return f"<small>{escape(told)}</small>"
 
 
 def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
@@ -98,10 +100,10 @@ def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
         order = job.Order(rows.read(chosen, *fields), name, replace, **settings.read(*asked))
         done = job.run(task, order)
     except Cancelled:
-        return _failed("The merge was interrupted; no file was written.", "loraclr-note")
+        return _failed(say("The merge was interrupted; no file was written."), "loraclr-note")
     except torch.cuda.OutOfMemoryError:
         errors.report("LoRACLR Merge ran out of memory", exc_info=True)
-        return _failed("The graphics card ran out of memory; choose a smaller picture size under Advanced.")
+        return _failed(say("The graphics card ran out of memory; choose a smaller picture size under Advanced."))
     except (ValueError, OSError) as error:
         return _failed(str(error))
     return results.filled(done)

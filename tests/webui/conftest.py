@@ -64,7 +64,7 @@ def tab(webui: Webui, chromium: Any) -> Iterator[Tab]:
     """The LoRACLR Merge tab in a fresh page."""
     opened = Tab(webui, chromium)
     yield opened
-    opened.page.close()
+    opened.browser.close()
     assert not opened.errors
 
 

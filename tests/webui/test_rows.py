@@ -177,6 +177,34 @@ def test_weights_reach_the_file_and_come_back(webui: Webui, tab: Tab) -> None:
     assert tab.page.locator("#loraclr_closed input").is_checked()
 
 
+def test_two_earlier_merges_side_by_side(webui: Webui, tab: Tab) -> None:
+    """What differs is marked: a LoRA that one lacks, its words and weight, the method; what is the same is not."""
+    for name, others, method in (("first of two", [PANDA.name], "svd"), ("second of two", ["rocket"], "sum")):
+        loras = [{"name": TIGER.name}, *({"name": other, "weight": 0.5} for other in others)]
+        order = {"loras": loras, "name": name, "method": method, "draw": False}
+        job = webui.ask("/loraclr/v1/merge", order)["job"]
+        for _ in range(600):
+            if (state := webui.ask(f"/loraclr/v1/jobs/{job}")["state"]) not in ("queued", "running"):
+                break
+            tab.page.wait_for_timeout(500)
+        assert state == "done"
+    tab.page.locator("#loraclr_look").dispatch_event("click")
+    tab.settle()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    for field, name in (("merged", "first of two"), ("other", "second of two")):
+        tab.page.locator(f"#loraclr_{field} input").click()
+        tab.page.locator(f'#loraclr_{field} ul.options li[aria-label="{name}"]').click()
+        tab.settle()
+    lines = tab.page.locator("#loraclr_merged_about tr").all()
+    told = {line.locator("th").first.inner_text().strip(): line for line in lines[1:]}
+    assert lines[0].locator("th").all_inner_texts() == ["", "first of two", "second of two"]
+    assert told[f"{PANDA.name}.safetensors"].locator("td").all_inner_texts() == ["Part of it", "–"]
+    assert told["Method of merging"].locator("td").all_inner_texts() == ["svd", "sum"]
+    differs = {title for title, line in told.items() if line.get_attribute("class") == "loraclr-differs"}
+    assert {"Method of merging", f"{PANDA.name}.safetensors", "rocket.safetensors"} <= differs
+    assert f"{TIGER.name}.safetensors" not in differs
+
+
 def test_weights_that_make_no_sense(tab: Tab) -> None:
     """Said beside the row as they are written, and in one sentence that names the LoRA if Merge is pressed anyway."""
     tab.hurry()

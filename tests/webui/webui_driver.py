@@ -123,16 +123,25 @@ class Tab:
     """What a user does in the tab.
 
     Attributes:
-        errors: exceptions of the page's scripts so far.
+        browser: with cookies and storage of its own, as another person's would have.
+        page: the page of it that is looked at.
+        errors: exceptions of the pages' scripts so far.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
-        self.page = chromium.new_page(viewport={"width": width, "height": height})
-        self.page.set_default_timeout(120_000)  # a busy machine is slow, not broken
+        self.address = f"{webui.address}/?__theme={theme}"
         self.errors: list[str] = []
+        self.browser = chromium.new_context(viewport={"width": width, "height": height})
+        self.browser.set_default_timeout(120_000)  # a busy machine is slow, not broken
+        self.page = self.another()
+
+    def another(self) -> Any:
+        """A further page of the same browser, with the tab open; the driver goes on with it."""
+        self.page = self.browser.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(f"{webui.address}/?__theme={theme}")
+        self.page.goto(self.address)
         self.open()
+        return self.page
 
     def open(self) -> None:
         """Click the tab."""
