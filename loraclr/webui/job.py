@@ -20,7 +20,7 @@ from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
 from loraclr.result import Merge, note_bled, write
 from loraclr.webui import library, pictures, target
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
 
 # By which a preview picture is known as one of ours.
@@ -106,7 +106,7 @@ def run(task: str, order: Order) -> Done:
     share = _share_of_merge(host, concepts, order)
 
     def tell(stage: str, fraction: float, left: float | None = None) -> None:
-        report(stage, share * fraction, left)
+        report(retell(stage), share * fraction, left)
 
     if method.needs_model:
         merged = methods.merge(host, concepts, order.method, order.settings, tell)
@@ -122,7 +122,7 @@ def run(task: str, order: Order) -> Done:
         return Done(merged, path)
 
     def drawing(what: str, done: float) -> None:
-        report(what, share + (1 - share) * done)
+        report(retell(what), share + (1 - share) * done)
 
     comparison = pictures.compare(host, merged, order.settings, drawing)
     note_bled(path, _bled(merged, comparison))

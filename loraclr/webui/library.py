@@ -104,6 +104,11 @@ def loaded_family() -> Family | None:
     return None
 
 
+def missing_checkpoint() -> str:
+    """The folder where a checkpoint belongs, if there is none yet; "" if there is one."""
+    return "" if sd_models.checkpoints_list else shared.cmd_opts.ckpt_dir or sd_models.model_path
+
+
 def loaded_name() -> str:
     """The name of the checkpoint that is loaded now, "" if none is."""
     model = sd_models.model_data.sd_model

@@ -19,7 +19,7 @@ from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures
 from loraclr.webui.job import Done
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
 
 WELCOME = (
@@ -95,7 +95,7 @@ def summary(done: Done) -> str:
         _bar(concept.lora.name, concept.trigger, _kept(merge, concept.lora.name), share)
         for concept, share in zip(merge.concepts, bled, strict=True)
     ]
-    notes = list(merge.notes)
+    notes = [retell(note) for note in merge.notes]
     if done.comparison is not None and not done.comparison.complete:
         notes.append(say("The drawing ended early; the file is complete."))
     note = "".join(f"<p>{escape(line)}</p>" for line in notes)

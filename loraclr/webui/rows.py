@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from modules import sd_models, shared
 from modules.ui_components import FormRow, ToolButton
 
 from loraclr import blocks
@@ -296,8 +295,8 @@ def _guess(name: str) -> tuple[Any, ...]:
 
 def _invitation() -> str:
     """What to do first, where nothing is chosen."""
-    if not sd_models.checkpoints_list:
-        return NONE.format(folder=escape(shared.cmd_opts.ckpt_dir or sd_models.model_path))
+    if missing := library.missing_checkpoint():
+        return NONE.format(folder=escape(missing))
     if library.loaded_name() and library.loaded_family() is None:
         return OTHER
     return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
