@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import networks  # the webui's own LoRA extension
-from modules.ui_components import FormRow
 
 from loraclr.webui import library, rows, settings
+from loraclr.webui.components import FormRow
+from loraclr.webui.surroundings import here
 
 _RECIPE = "loraclr.recipe"
 
@@ -37,13 +37,13 @@ class History:
 
 def names() -> list[str]:
     """The LoRAs that were merged here, latest first."""
-    found = [entry for entry in list(networks.available_networks.values()) if recipe(entry.name)]
-    return [entry.name for entry in sorted(found, key=lambda entry: -_time(Path(entry.filename)))]
+    found = [entry for entry in here().listed() if recipe(entry.name)]
+    return [entry.name for entry in sorted(found, key=lambda entry: -_time(entry.path))]
 
 
 def recipe(name: str | None) -> dict[str, Any]:
     """How a LoRA was merged, {} for any other one."""
-    entry = networks.available_networks.get(name)
+    entry = here().found(name) if name else None
     told = {} if entry is None else entry.metadata.get(_RECIPE, {})
     if isinstance(told, str):  # the webui has decoded what looks like JSON, but not in every version
         try:

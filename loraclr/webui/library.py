@@ -6,14 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import networks  # the webui's own LoRA extension
-from modules import sd_models, shared
-
 from loraclr.keys import Family
+from loraclr.webui.surroundings import here
 
 # The webui lists neither; ED-LoRA's files are of the first kind.
 _UNLISTED = (".pth", ".bin")
-_VERSIONS: dict[str, Family] = {"SD1": "sd1", "SD2": "sd2", "SDXL": "sdxl"}
 _TAG = re.compile(r"<(?:lora|lyco):([^:>]+)(?::([^>]*))?>")
 
 
@@ -22,20 +19,20 @@ def names(family: Family | None = None) -> list[str]:
 
     With a family, those that the webui believes to be of another one are left out. Nothing is opened for that.
     """
-    listed = [name for name in networks.available_networks if family in (None, believed(name) or family)]
+    listed = [entry.name for entry in here().listed() if family in (None, entry.family or family)]
     more = [path.name for path in _unlisted()] if family in (None, "sd1") else []
     return sorted({*listed, *more}, key=str.casefold)
 
 
 def refresh() -> None:
     """Look into the LoRA folder again."""
-    networks.list_available_networks()
+    here().refresh()
 
 
 def path_of(name: str) -> Path:
     """The file of a LoRA. Raises ValueError if it is gone."""
-    entry = networks.available_networks.get(name)
-    path = Path(entry.filename) if entry is not None else next((p for p in _unlisted() if p.name == name), None)
+    entry = here().found(name)
+    path = entry.path if entry is not None else next((p for p in _unlisted() if p.name == name), None)
     if path is None or not path.is_file():
         raise ValueError(f"{name} is no longer in the LoRA folder; press the refresh button and choose again.")
     return path
@@ -43,23 +40,18 @@ def path_of(name: str) -> Path:
 
 def believed(name: str) -> Family | None:
     """The family that the webui takes a LoRA to be of, by its metadata; None if it does not know."""
-    entry = networks.available_networks.get(name)
-    return None if entry is None else _VERSIONS.get(entry.sd_version.name)
+    entry = here().found(name)
+    return None if entry is None else entry.family
 
 
 def loaded_family() -> Family | None:
     """The family of the checkpoint that is loaded now; None if none is, or one of another kind."""
-    model = sd_models.model_data.sd_model
-    for family in ("sdxl", "sd2", "sd1"):
-        if model is not None and getattr(model, f"is_{family}", False):
-            return family
-    return None
+    return here().family()
 
 
 def loaded_name() -> str:
     """The name of the checkpoint that is loaded now, "" if none is."""
-    model = sd_models.model_data.sd_model
-    return "" if model is None else model.sd_checkpoint_info.name_for_extra
+    return here().checkpoint()
 
 
 def named_in(prompt: str) -> dict[str, tuple[float, float | None]]:
@@ -69,7 +61,7 @@ def named_in(prompt: str) -> dict[str, tuple[float, float | None]]:
     """
     found = {}
     for tag in _TAG.finditer(prompt):
-        entry = networks.available_network_aliases.get(tag[1])
+        entry = here().meant(tag[1])
         text, unet = _weights((tag[2] or "").split(":"))
         found[tag[1] if entry is None else entry.name] = (unet, None if text == unet else text)
     return found
@@ -91,9 +83,9 @@ def _number(word: str, otherwise: float) -> float:
 
 
 def _unlisted() -> list[Path]:
-    return [Path(path) for path in shared.walk_files(folder(), allowed_extensions=_UNLISTED)]
+    return here().files(_UNLISTED)
 
 
 def folder() -> Path:
     """Where the webui's LoRAs are."""
-    return Path(shared.cmd_opts.lora_dir)
+    return here().folder()

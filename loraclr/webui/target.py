@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import networks  # the webui's own LoRA extension
-
 from loraclr.webui import library
+from loraclr.webui.surroundings import here
 
 # Refused on some system, or by the webui's <lora:NAME:1>.
 _UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -39,16 +38,16 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
         raise ValueError(f"{name} is one of the LoRAs to merge; choose another name for the result.")
     if path.exists() and not replace:
         raise ValueError(f'{path.name} exists already; choose another name, or tick "Replace an existing file".')
-    listed = networks.available_networks.get(name)
-    if listed is not None and Path(listed.filename).resolve() != path.resolve():
-        raise ValueError(f"The webui already lists another LoRA as {name} ({listed.filename}); choose another name.")
+    listed = here().found(name)
+    if listed is not None and listed.path.resolve() != path.resolve():
+        raise ValueError(f"Another LoRA is already listed as {name} ({listed.path}); choose another name.")
     return path
 
 
 def _made_up(sources: Sequence[str]) -> str:
     """A free name, after the LoRAs that are merged."""
     base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
-    taken = {name.casefold() for name in networks.available_networks}
+    taken = {entry.name.casefold() for entry in here().listed()}
     number, name = 1, base
     while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
         number += 1
