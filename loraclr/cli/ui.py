@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from loraclr.cli import Refused, quiet
@@ -56,30 +59,43 @@ def run(args: argparse.Namespace) -> int:
     check_checkpoint(args.checkpoint)
     device = check_device(args.device)
     folder = lora_folder(args)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
-    quiet()
-    try:
-        from loraclr.hosts.standalone import open_checkpoint
-        from loraclr.webui import surroundings
-        from loraclr.webui.alone import program, server
-    except ImportError as error:
-        raise ImportError(
-            f"The page needs gradio 3.41 or 4 ({error}): pip install 'sd-webui-loraclr[standalone,ui]'"
-        ) from error
+    with listening("0.0.0.0" if args.listen else "127.0.0.1", args.port) as taken:
+        os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported
+        quiet()
+        try:
+            from loraclr.hosts.standalone import open_checkpoint
+            from loraclr.webui import surroundings
+            from loraclr.webui.alone import program, server
+        except ImportError as error:
+            raise ImportError(
+                f"The page needs gradio 3.41 or 4 ({error}): pip install 'sd-webui-loraclr[standalone,ui]'"
+            ) from error
 
-    address = "0.0.0.0" if args.listen else "127.0.0.1"
-    try:
-        taken = server.listen(address, args.port)
-    except OSError as error:
-        raise Refused(f"Port {args.port} cannot be used ({error.strerror}): choose another --port.") from error
-    with taken, refusing():
-        host = open_checkpoint(args.checkpoint, device)
-        options = {"loraclr_precision": args.dtype}
-        alone = program.Alone(host, args.checkpoint.stem, folder, options, args.api_auth or "")
-        surroundings.settle(alone)
+        with refusing():
+            host = open_checkpoint(args.checkpoint, device)
+            options = {"loraclr_precision": args.dtype}
+            alone = program.Alone(host, args.checkpoint.stem, folder, options, args.api_auth or "")
+            surroundings.settle(alone)
+            page = server.app(alone, None if args.listen else server.OWN_NAMES)
         print(f"LoRACLR Merge is at http://127.0.0.1:{args.port}/ (Ctrl-C ends it).", flush=True)
-        server.serve(alone, taken, None if args.listen else server.OWN_NAMES)
+        server.serve(page, alone, taken)
     return 0
+
+
+@contextmanager
+def listening(address: str, port: int) -> Iterator[socket.socket]:
+    """The port, taken before the slow part of the start.
+
+    Raises:
+        Refused: it is not to be had.
+    """
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((address, port))
+        except OSError as error:
+            raise Refused(f"Port {port} cannot be used ({error.strerror}): choose another --port.") from error
+        yield taken
 
 
 def lora_folder(args: argparse.Namespace) -> Path:

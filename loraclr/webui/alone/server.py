@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,28 +81,12 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
     return whole
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """Take the port. Raises OSError if it is not to be had."""
-    taken = socket.socket()
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        taken.bind((address, port))
-    except OSError:
-        taken.close()
-        raise
-    return taken
-
-
-def serve(program: Alone, taken: socket.socket, names: list[str] | None) -> None:
+def serve(page: FastAPI, program: Alone, taken: socket.socket) -> None:
     """Answer on this port until Ctrl-C; what runs then is stopped."""
-    config = uvicorn.Config(app(program, names), log_level="warning", timeout_graceful_shutdown=1)
-    with _stopping(program):
-        uvicorn.Server(config).run(sockets=[taken])
-
-
-@contextmanager
-def _stopping(program: Alone) -> Iterator[None]:
+    config = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=1)
     try:
-        yield
+        uvicorn.Server(config).run(sockets=[taken])
+    except KeyboardInterrupt:
+        pass  # how it is meant to end
     finally:
         program.interrupt()
