@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import networks  # the webui's own LoRA extension
-from modules.ui_components import FormRow
 
 from loraclr.webui import comparison, library, rows, settings
+from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 
 class History:
@@ -37,8 +37,8 @@ class History:
 
 def names() -> list[str]:
     """The LoRAs that were merged here, latest first."""
-    found = [entry for entry in list(networks.available_networks.values()) if library.recipe(entry.name)]
-    return [entry.name for entry in sorted(found, key=lambda entry: -_time(Path(entry.filename)))]
+    found = [entry for entry in here().listed() if library.recipe(entry.name)]
+    return [entry.name for entry in sorted(found, key=lambda entry: -_time(entry.path))]
 
 
 def loaded(name: str | None) -> list[Any]:

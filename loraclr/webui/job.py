@@ -1,4 +1,4 @@
-"""The merge as a job of the webui: from a checked form to a file in the LoRA folder, and pictures of it."""
+"""The merge as a job: from a checked form to a file in the LoRA folder, and pictures of it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from modules import progress, shared
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from loraclr import blocks, files, methods
 from loraclr.concept import Concept
-from loraclr.hosts.a1111 import A1111, report
+from loraclr.hosts import Host
 from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
 from loraclr.result import Merge, note_bled, write
 from loraclr.webui import library, pictures, target
 from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
+from loraclr.webui.surroundings import here
 
 # By which a preview picture is known as one of ours.
 _SIGNATURE = ("Software", "LoRACLR Merge")
@@ -78,20 +77,8 @@ class Done:
     comparison: Comparison | None = None
 
 
-class _Shown(A1111):
-    """The host, with every finished picture in the webui's live preview."""
-
-    def sample(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
-        # Half-drawn pictures would be decoded beside the sampling: keep the webui from taking any to be due.
-        shared.state.current_image_sampling_step = 1_000_000
-        drawn = super().sample(*args, **kwargs)
-        if drawn:
-            shared.state.assign_current_image(drawn[0])
-        return drawn
-
-
 def run(task: str, order: Order) -> Done:
-    """Merge the rows' LoRAs and list the result; inside the webui's queue only.
+    """Merge the rows' LoRAs and list the result; inside the queue only.
 
     Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no file was written. Once it is written,
     an interruption only ends the drawing.
@@ -101,12 +88,12 @@ def run(task: str, order: Order) -> Done:
         raise Cancelled("The merge was interrupted.")
     path = check(order)
     method = methods.METHODS[order.method]
-    host = _Shown()
+    host = here().host()
     concepts = [concept_of(row) for row in order.rows]
     share = _share_of_merge(host, concepts, order)
 
     def tell(stage: str, fraction: float, left: float | None = None) -> None:
-        report(retell(stage), share * fraction, left)
+        here().report(retell(stage), share * fraction, left)
 
     if method.needs_model:
         merged = methods.merge(host, concepts, order.method, order.settings, tell)
@@ -122,7 +109,7 @@ def run(task: str, order: Order) -> Done:
         return Done(merged, path)
 
     def drawing(what: str, done: float) -> None:
-        report(retell(what), share + (1 - share) * done)
+        here().report(retell(what), share + (1 - share) * done)
 
     comparison = pictures.compare(host, merged, order.settings, drawing)
     note_bled(path, _bled(merged, comparison))
@@ -174,10 +161,11 @@ def concept_of(row: Row) -> Concept:
 
 def _dtype() -> torch.dtype:
     """The number format that the user's settings ask for."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(shared.opts.data.get("loraclr_precision"), torch.float16)
+    chosen = here().option("loraclr_precision", "fp16")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(chosen, torch.float16)
 
 
-def _share_of_merge(host: A1111, concepts: Sequence[Concept], order: Order) -> float:
+def _share_of_merge(host: Host, concepts: Sequence[Concept], order: Order) -> float:
     """How much of the whole work is the merge; the rest is the pictures."""
     if not order.draw:
         return 1.0
@@ -201,7 +189,7 @@ def _preview(comparison: Comparison, path: Path) -> None:
     file = path.with_suffix(".preview.png")
     others = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
     drawn = [row.after[0] for row in comparison.concepts[:4]]
-    if not drawn or not shared.opts.data.get("loraclr_preview", True):
+    if not drawn or not here().option("loraclr_preview", True):
         return
     if any(other.exists() and not (other == file and _is_ours(file)) for other in others):
         return
@@ -227,7 +215,7 @@ def _is_ours(file: Path) -> bool:
 
 def interrupt(task: str) -> None:
     """Stop the job of this id, running or still waiting, and no other one."""
-    if task and progress.current_task == task:
-        shared.state.interrupt()
-    elif task in progress.pending_tasks:
+    if task and here().runs(task):
+        here().interrupt()
+    elif here().waits(task):
         _called_off.add(task)

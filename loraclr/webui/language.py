@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from modules import shared
+from loraclr.webui.surroundings import here
 
 #: What the core says while it merges, and of the result. What is more particular comes first.
 CORE = (
@@ -32,7 +32,7 @@ _FOLDER = Path(__file__).parents[2] / "localizations"
 
 def say(sentence: str, **values: Any) -> str:
     """A sentence, translated if there is a translation, and then with the values in the place of their names."""
-    return _translations(str(shared.opts.data.get("localization"))).get(sentence, sentence).format(**values)
+    return _translations(str(here().option("localization", "None"))).get(sentence, sentence).format(**values)
 
 
 def retell(sentence: str) -> str:

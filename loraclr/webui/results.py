@@ -18,9 +18,11 @@ from loraclr import report
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures
+from loraclr.webui.components import script
 from loraclr.webui.job import Done
 from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
+from loraclr.webui.surroundings import here
 
 WELCOME = (
     '<div class="loraclr-note">'
@@ -44,7 +46,7 @@ class Panel:
             self.prompt = gr.Textbox(
                 label="Prompt that uses it", lines=2, show_copy_button=True, interactive=True, elem_id="loraclr_prompt"
             )
-            self.send = gr.Button("Send to txt2img", elem_id="loraclr_send")
+            self.send = gr.Button("Send to txt2img", elem_id="loraclr_send", visible=here().txt2img)
             self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
             with gr.Accordion("Details", open=False, elem_id="loraclr_details"):
                 self.details = gr.HTML(elem_id="loraclr_figures")
@@ -53,7 +55,7 @@ class Panel:
         self.subset.change(
             fn=_prompt, inputs=[self.made, self.subset], outputs=[self.prompt], show_progress=False, queue=False
         )
-        self.send.click(fn=None, _js="loraclrSend", inputs=[self.prompt], outputs=[])
+        self.send.click(fn=None, inputs=[self.prompt], outputs=[], **script("loraclrSend"))
 
     @property
     def outputs(self) -> list[Any]:

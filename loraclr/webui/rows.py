@@ -11,14 +11,15 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from modules.ui_components import FormRow, ToolButton
 
 from loraclr import blocks
 from loraclr.keys import Family
 from loraclr.webui import card, job, labels, library
 from loraclr.webui.card import Card
+from loraclr.webui.components import FormRow, ToolButton, script
 from loraclr.webui.language import say
 from loraclr.webui.settings import lines_of
+from loraclr.webui.surroundings import here
 
 MOST = 32  # rows of the form: gradio 3 cannot add components to a page
 KINDS = ("Subject", "Style")
@@ -60,7 +61,9 @@ class Rows:
                 "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
             )
         with gr.Row(elem_id="loraclr_choosing"):
-            self.taken = gr.Button("Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take")
+            self.taken = gr.Button(
+                "Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take", visible=here().txt2img
+            )
             self.every = gr.Checkbox(
                 False, label="LoRAs for other model families too", elem_id="loraclr_every", container=False
             )
@@ -125,12 +128,12 @@ class Rows:
                 )
         self.taken.click(
             fn=take,
-            _js="loraclrTake",
+            **script("loraclrTake"),
             inputs=[self.elsewhere, self.chosen, self.shown, *self.fields],
             outputs=[self.chosen, *self.arranged],
             show_progress=False,
         )
-        self.more.change(fn=None, _js="loraclrMore", inputs=[self.more], outputs=[])
+        self.more.change(fn=None, inputs=[self.more], outputs=[], **script("loraclrMore"))
 
     def _add_row(self, place: int) -> None:
         number = place + 1
@@ -152,11 +155,11 @@ class Rows:
                 ),
             }  # fmt: skip
             with gr.Row(elem_classes=["loraclr-moves"]):
-                for sign, what, script in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
+                for sign, what, move in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
                     button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}", tooltip=f"{what} this LoRA")
                     button.click(
-                        fn=None, _js=f"(chosen) => {script}(chosen, {place})", inputs=[self.chosen],
-                        outputs=[self.chosen],
+                        fn=None, inputs=[self.chosen], outputs=[self.chosen],
+                        **script(f"(chosen) => {move}(chosen, {place})"),
                     )  # fmt: skip
             self.facts.append(gr.HTML(elem_id=f"loraclr_facts_{number}", elem_classes=["loraclr-facts"]))
             made["blocks"] = _text(

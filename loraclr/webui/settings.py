@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
-from modules.ui_components import FormRow
 
 from loraclr import prompts
 from loraclr.factor import Rank
 from loraclr.merging import Settings
 from loraclr.methods import METHODS
+from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
 
 SPEEDS = ("Fast", "Balanced", "Best")

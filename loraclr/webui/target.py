@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import networks  # the webui's own LoRA extension
-
 from loraclr.webui import library
 from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 # Refused on some system, or by the webui's <lora:NAME:1>.
 _UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -44,21 +43,18 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
         raise ValueError(
             say('{file} exists already; choose another name, or tick "Replace an existing file".', file=path.name)
         )
-    listed = networks.available_networks.get(name)
-    if listed is not None and Path(listed.filename).resolve() != path.resolve():
+    listed = here().found(name)
+    if listed is not None and listed.path.resolve() != path.resolve():
         raise ValueError(
-            say(
-                "The webui already lists another LoRA as {name} ({file}); choose another name.",
-                name=name, file=listed.filename,
-            )
-        )  # fmt: skip
+            say("Another LoRA is already listed as {name} ({file}); choose another name.", name=name, file=listed.path)
+        )
     return path
 
 
 def _made_up(sources: Sequence[str]) -> str:
     """A free name, after the LoRAs that are merged."""
     base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
-    taken = {name.casefold() for name in networks.available_networks}
+    taken = {entry.name.casefold() for entry in here().listed()}
     number, name = 1, base
     while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
         number += 1

@@ -194,20 +194,24 @@ class Tab:
     def finish(self, seconds: float = 900) -> str:
         """Wait for the end; what the result says."""
         self.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=1000 * seconds)
-        self.page.locator("#loraclr_result.prose :is(.loraclr-note, .loraclr-error):visible").wait_for()
+        self.said("result").locator(":is(.loraclr-note, .loraclr-error):visible").wait_for()
         # gradio greys what is about to change.
         self.page.wait_for_function("() => !document.querySelector('#loraclr_results .pending')")
         self.page.wait_for_timeout(500)
-        return self.page.locator("#loraclr_result.prose").inner_text()
+        return self.said("result").inner_text()
 
     def merge(self, seconds: float = 900) -> str:
         """Press Merge and wait; what the result says."""
         self.start()
         return self.finish(seconds)
 
+    def said(self, part: str) -> Any:
+        """A text of the tab; gradio 3 gives the part's id to the text itself, gradio 4 to what is around it."""
+        return self.page.locator(f":is(#loraclr_{part}.prose, #loraclr_{part} .prose)")
+
     def facts(self, number: int) -> str:
         """What a row says about its LoRA."""
-        return self.page.locator(f"#loraclr_facts_{number}.prose").inner_text()
+        return self.said(f"facts_{number}").inner_text()
 
     def names(self) -> list[str]:
         """The LoRAs of the rows, in order."""
