@@ -19,7 +19,7 @@ from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures
 from loraclr.webui.job import Done
-from loraclr.webui.language import retell, say
+from loraclr.webui.language import retell, say, shown
 from loraclr.webui.pictures import Comparison
 
 WELCOME = (
@@ -235,10 +235,6 @@ def _stage(name: str) -> str:
         "polish": say("Final polish"), "merge": say("Merge"),
     }  # fmt: skip
     return words.get(name, name)
-
-
-def shown(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
 
 
 def _html(table: Table) -> str:
