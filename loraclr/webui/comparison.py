@@ -7,8 +7,7 @@ from html import escape
 from typing import Any
 
 from loraclr.webui import library
-from loraclr.webui.language import say
-from loraclr.webui.results import shown
+from loraclr.webui.language import say, shown
 
 #: A line of the table: what it tells, and the values of all merges.
 Line = tuple[str, Sequence[str]]

@@ -43,6 +43,11 @@ def retell(sentence: str) -> str:
     return sentence
 
 
+def shown(value: Any) -> str:
+    """A setting's value in a table."""
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
+
+
 @lru_cache
 def _pattern(sentence: str) -> str:
     """What matches a sentence with values in it."""

@@ -20,7 +20,7 @@ from loraclr.result import Merge
 from loraclr.webui import pictures
 from loraclr.webui.components import script
 from loraclr.webui.job import Done
-from loraclr.webui.language import retell, say
+from loraclr.webui.language import retell, say, shown
 from loraclr.webui.pictures import Comparison
 from loraclr.webui.surroundings import here
 
@@ -237,10 +237,6 @@ def _stage(name: str) -> str:
         "polish": say("Final polish"), "merge": say("Merge"),
     }  # fmt: skip
     return words.get(name, name)
-
-
-def shown(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
 
 
 def _html(table: Table) -> str:
