@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -170,3 +171,14 @@ def test_the_usual_folders(model: Path) -> None:
     assert ui.lora_folder(args) == model.parent / "loras"
     (model.parent.parent / "Lora").mkdir()
     assert ui.lora_folder(args) == model.parent.parent / "Lora"
+
+
+def test_without_gradio(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence says what to install, status 1."""
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "loraclr.webui.alone.program", raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    assert main(["ui", "--checkpoint", str(model), "--lora-dir", str(model.parent), "--port", port]) == 1
+    assert "pip install 'sd-webui-loraclr[standalone,ui]'" in capsys.readouterr().err

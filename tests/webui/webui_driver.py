@@ -129,15 +129,22 @@ class Tab:
 
     Attributes:
         errors: exceptions of the page's scripts so far.
+        console: errors in the console, but for names on the net, which the browser here cannot reach.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
         self.page = chromium.new_page(viewport={"width": width, "height": height})
         self.page.set_default_timeout(120_000)  # a busy machine is slow, not broken
         self.errors: list[str] = []
+        self.console: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
         self.page.goto(f"{webui.address}/?__theme={theme}")
         self.open()
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
+            self.console.append(message.text)
 
     def open(self) -> None:
         """Click the tab."""

@@ -50,7 +50,7 @@ class Alone:
                 command, cwd=data, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         while "Ctrl-C ends it" not in self.tail():
-            if self.process.poll() is not None or time.monotonic() - since > 300:
+            if self.process.poll() is not None or time.monotonic() - since > 600:
                 self.stop()
                 raise RuntimeError(f"the page did not start:\n{self.tail()}")
             time.sleep(0.2)
@@ -85,22 +85,8 @@ class Alone:
 
 
 class Page(Tab):
-    """The tab as a page of its own.
-
-    Attributes:
-        said_by_console: errors in the console.
-    """
-
-    def __init__(self, alone: Alone, chromium: Any, **look: Any) -> None:
-        self.said_by_console: list[str] = []
-        super().__init__(alone, chromium, **look)
+    """The tab as a page of its own."""
 
     def open(self) -> None:
-        self.page.on("console", self._note)
         self.page.locator("#loraclr_buttons").wait_for()
         self.page.wait_for_function("() => typeof requestProgress == 'function'")
-
-    def _note(self, message: Any) -> None:
-        # gradio asks for fonts and a script on the net, which the browser here cannot reach.
-        if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
-            self.said_by_console.append(message.text)

@@ -40,4 +40,4 @@ def tab(alone: Alone, chromium: Any) -> Iterator[Page]:
     yield opened
     opened.page.close()
     assert not opened.errors
-    assert not opened.said_by_console
+    assert not opened.console
