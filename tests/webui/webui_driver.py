@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ class Webui:
     Attributes:
         data: its data folder.
         address: where it listens.
+        api_auth: "user:password" to ask with.
     """
 
-    def __init__(self, checkout: Path, python: str, data: Path) -> None:
+    api_auth: str | None = None
+
+    def __init__(self, checkout: Path, python: str, data: Path, more: Sequence[str] = ()) -> None:
         self.data = data
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -48,7 +52,7 @@ class Webui:
         }
         environment.pop("COMMANDLINE_ARGS", None)
         environment.pop("PYTHONPATH", None)
-        command = [python, "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(data)]
+        command = [python, "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(data), *more]
         self.log = data / "webui.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -87,10 +91,11 @@ class Webui:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """GET, or POST with a body; the decoded answer."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_auth:
+            headers["Authorization"] = "Basic " + base64.b64encode(self.api_auth.encode()).decode()
         request = urllib.request.Request(
-            self.address + path,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            self.address + path, None if body is None else json.dumps(body).encode(), headers
         )
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
@@ -126,11 +131,13 @@ class Tab:
         browser: with cookies and storage of its own, as another person's would have.
         page: the page of it that is looked at.
         errors: exceptions of the pages' scripts so far.
+        console: errors in the console, but for names on the net, which the browser here cannot reach.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
         self.address = f"{webui.address}/?__theme={theme}"
         self.errors: list[str] = []
+        self.console: list[str] = []
         self.browser = chromium.new_context(viewport={"width": width, "height": height})
         self.browser.set_default_timeout(120_000)  # a busy machine is slow, not broken
         self.page = self.another()
@@ -139,9 +146,14 @@ class Tab:
         """A further page of the same browser, with the tab open; the driver goes on with it."""
         self.page = self.browser.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._note)
         self.page.goto(self.address)
         self.open()
         return self.page
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
+            self.console.append(message.text)
 
     def open(self) -> None:
         """Click the tab."""
