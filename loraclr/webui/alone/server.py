@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import gradio as gr
@@ -81,12 +83,20 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
     return whole
 
 
+class _Server(uvicorn.Server):
+    """Ends the jobs first: it waits for the threads that they run in."""
+
+    def __init__(self, config: uvicorn.Config, program: Alone) -> None:
+        super().__init__(config)
+        self.program = program
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.program.jobs.close()
+        super().handle_exit(sig, frame)
+
+
 def serve(page: FastAPI, program: Alone, taken: socket.socket) -> None:
-    """Answer on this port until Ctrl-C; what runs then is stopped."""
+    """Answer on this port until Ctrl-C; what runs or waits then is stopped."""
     config = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=1)
-    try:
-        uvicorn.Server(config).run(sockets=[taken])
-    except KeyboardInterrupt:
-        pass  # how it is meant to end
-    finally:
-        program.interrupt()
+    with suppress(KeyboardInterrupt):  # how it is meant to end
+        _Server(config, program).run(sockets=[taken])
