@@ -34,7 +34,8 @@ def page() -> gr.Blocks:
     # A page of gradio 3 has no other place for scripts; run by the window, so that all of them find all functions.
     load = f"() => {{ (0, eval)({json.dumps(scripts)}); return []; }}"
     css = _shared("style.css") + (_HERE / "page.css").read_text("utf-8")
-    with gr.Blocks(title="LoRACLR Merge", css=css, analytics_enabled=False) as whole:
+    look = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # gradio's own are on the net
+    with gr.Blocks(title="LoRACLR Merge", theme=look, css=css, analytics_enabled=False) as whole:
         with gr.Column(elem_id="tab_loraclr"):
             tab.build()
         whole.load(fn=None, inputs=[], outputs=[], **script(load))
