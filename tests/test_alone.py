@@ -73,6 +73,15 @@ class TestJobs:
         with jobs.turn("b"):
             jobs.check()
 
+    def test_when_the_program_ends_no_job_goes_on(self) -> None:
+        jobs = Jobs()
+        with jobs.turn("a"):
+            jobs.close()
+            with pytest.raises(Cancelled):
+                jobs.report("Looking", 0.5)
+        with jobs.turn("b"), pytest.raises(Cancelled):
+            jobs.check()
+
     def test_what_a_page_is_told(self) -> None:
         jobs = Jobs()
         with jobs.turn("a") as running:

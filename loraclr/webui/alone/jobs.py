@@ -50,6 +50,7 @@ class Jobs:
         self.waiting: list[str] = []
         self._outcomes: OrderedDict[str, list[Any]] = OrderedDict()
         self._changed = threading.Condition()
+        self._closed = False
 
     def enqueue(self, task: str) -> None:
         """Put a job at the end of the queue."""
@@ -95,7 +96,7 @@ class Jobs:
 
     def check(self) -> None:
         """Raise Cancelled if the running job is to stop."""
-        if self.running is not None and self.running.stop:
+        if self._closed or (self.running is not None and self.running.stop):
             raise Cancelled("The merge was interrupted.")
 
     def interrupt(self) -> None:
@@ -103,6 +104,10 @@ class Jobs:
         running = self.running
         if running is not None:
             running.stop = True
+
+    def close(self) -> None:
+        """Stop every job, also those that have not begun."""
+        self._closed = True
 
     def show(self, picture: Image.Image) -> None:
         """A picture of the running job, for whoever looks on."""

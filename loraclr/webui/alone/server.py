@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import gradio as gr
@@ -32,7 +34,8 @@ def page() -> gr.Blocks:
     # A page of gradio 3 has no other place for scripts; run by the window, so that all of them find all functions.
     load = f"() => {{ (0, eval)({json.dumps(scripts)}); return []; }}"
     css = _shared("style.css") + (_HERE / "page.css").read_text("utf-8")
-    with gr.Blocks(title="LoRACLR Merge", css=css, analytics_enabled=False) as whole:
+    look = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # gradio's own are on the net
+    with gr.Blocks(title="LoRACLR Merge", theme=look, css=css, analytics_enabled=False) as whole:
         with gr.Column(elem_id="tab_loraclr"):
             tab.build()
         whole.load(fn=None, inputs=[], outputs=[], **script(load))
@@ -81,12 +84,20 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
     return whole
 
 
+class _Server(uvicorn.Server):
+    """Ends the jobs first: it waits for the threads that they run in."""
+
+    def __init__(self, config: uvicorn.Config, program: Alone) -> None:
+        super().__init__(config)
+        self.program = program
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.program.jobs.close()
+        super().handle_exit(sig, frame)
+
+
 def serve(page: FastAPI, program: Alone, taken: socket.socket) -> None:
-    """Answer on this port until Ctrl-C; what runs then is stopped."""
+    """Answer on this port until Ctrl-C; what runs or waits then is stopped."""
     config = uvicorn.Config(page, log_level="warning", timeout_graceful_shutdown=1)
-    try:
-        uvicorn.Server(config).run(sockets=[taken])
-    except KeyboardInterrupt:
-        pass  # how it is meant to end
-    finally:
-        program.interrupt()
+    with suppress(KeyboardInterrupt):  # how it is meant to end
+        _Server(config, program).run(sockets=[taken])
