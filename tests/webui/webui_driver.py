@@ -189,10 +189,10 @@ class Tab:
         self.page.locator("#loraclr_name input").fill(name)
         self.page.locator("#loraclr_replace input").set_checked(replace)
 
-    def hurry(self) -> None:
-        """Settings for a merge of seconds, where its quality does not matter."""
+    def hurry(self, closed: bool = True) -> None:
+        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages."""
         self.page.locator("#loraclr_advanced > .label-wrap").click()
-        self.page.locator("#loraclr_closed input").check()
+        self.page.locator("#loraclr_closed input").set_checked(closed)
         for setting, value in (("steps", "2"), ("size", "64")):
             number = self.page.locator(f"#loraclr_{setting} input[type=number]")
             number.fill(value)
