@@ -1,4 +1,4 @@
-"""The command line: `python -m loraclr merge …`, `inspect FILE…` and `demo`."""
+"""The command line: `python -m loraclr merge …`, `inspect FILE…`, `demo` and `ui …`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from loraclr.cli import Refused, demo, inspect, merge
+from loraclr.cli import Refused, demo, inspect, merge, ui
 
 CANCELLED = 130  # what shells give for Ctrl-C
 
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         (merge, "merge LoRA files into one"),
         (inspect, "tell what is in LoRA files"),
         (demo, "merge the miniature's LoRAs and judge the result"),
+        (ui, "the webui's tab as a page of its own"),
     ):
         name = command.__name__.rpartition(".")[2]
         command.add_arguments(commands.add_parser(name, help=text, description=command.__doc__, allow_abbrev=False))

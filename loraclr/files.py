@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str]) -> LoRA:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise LoRAFormatError(f"{path.name} {what} ({path}); choose a .safetensors file.")
     lora = _from_torch(path) if path.suffix in pickled.SUFFIXES else _from_safetensors(path)
-    return replace(lora, activation=_activation_text(path))
+    return replace(lora, activation=activation_text(path))
 
 
 def _from_safetensors(path: Path) -> LoRA:
@@ -183,6 +183,22 @@ def model_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def annotate(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Add entries to the metadata of a .safetensors file, or replace them; all or nothing, tensors and hashes stay."""
+    path = Path(path)
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header["__metadata__"] = {**header.get("__metadata__", {}), **metadata}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for tensors that begin at a multiple of 8
+    _write(path, b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[begin:])))
+
+
+#: The field of a sidecar by which we know it again: a digest of its other fields as we wrote them.
+_OURS = "loraclr"
+
+
 def write_sidecar(
     path: str | os.PathLike[str],
     activation_text: str,
@@ -190,9 +206,13 @@ def write_sidecar(
     notes: str = "",
     preferred_weight: float = 1.0,
 ) -> Path | None:
-    """Write the webui's user metadata (<name>.json) beside a LoRA file; None, and nothing written, if there is one."""
+    """Write the webui's user metadata (<name>.json) beside a LoRA file.
+
+    None, and nothing written, if there is one already; but one that was written here and not edited since, beside a
+    file that has been replaced, is renewed.
+    """
     sidecar = Path(path).with_suffix(".json")
-    if sidecar.exists():
+    if sidecar.exists() and not _is_ours(sidecar):
         return None
     fields = {
         "description": "",
@@ -202,8 +222,24 @@ def write_sidecar(
         "negative text": "",
         "notes": notes,
     }
+    fields[_OURS] = _digest(fields)
     _write(sidecar, json.dumps(fields, indent=4, ensure_ascii=False).encode())
     return sidecar
+
+
+def _is_ours(sidecar: Path) -> bool:
+    """Whether a sidecar is as we wrote it."""
+    try:
+        fields = json.loads(sidecar.read_text(encoding="utf-8"))
+        return fields.pop(_OURS, None) == _digest(fields)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    # The webui's editor writes a weight of 1.0 as 1, and every field again.
+    told = {key: float(value) if isinstance(value, int) else value for key, value in fields.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _tensors(layers: Mapping[str, Layer | Norm], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -270,10 +306,10 @@ def _write(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def _activation_text(path: Path) -> str:
+def activation_text(path: str | os.PathLike[str]) -> str:
     """The user's activation text from the webui's sidecar; a missing or broken sidecar is no reason to fail."""
     try:
-        fields = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        fields = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ""
     text = fields.get("activation text", "") if isinstance(fields, dict) else ""

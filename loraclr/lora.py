@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,10 +70,14 @@ class LoRA:
         return self.activation or trigger_from(self.metadata) or " ".join([*self.layer_embeddings, *self.embeddings])
 
 
-def tags_from(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """``ss_tag_frequency``: training folder → tag → count; what is no such thing in it is left out."""
+def tags_from(metadata: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """``ss_tag_frequency``: training folder → tag → count; what is no such thing in it is left out.
+
+    As JSON, or already decoded, as the webui has it.
+    """
+    folders = metadata.get("ss_tag_frequency")
     try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        folders = json.loads(folders) if isinstance(folders, str) else folders
     except json.JSONDecodeError:
         return {}
     return {
@@ -82,9 +87,9 @@ def tags_from(metadata: Mapping[str, str]) -> dict[str, dict[str, int]]:
     }
 
 
-def trigger_from(metadata: Mapping[str, str]) -> str:
+def trigger_from(metadata: Mapping[str, Any]) -> str:
     """``modelspec.trigger_phrase``, else the most frequent training tag of ``ss_tag_frequency``, else ""."""
-    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    phrase = str(metadata.get("modelspec.trigger_phrase", "")).strip()
     if phrase:
         return phrase
     counts: Counter[str] = Counter()

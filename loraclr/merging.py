@@ -131,6 +131,41 @@ def merge(
     return result
 
 
+def work(host: Host, concepts: Sequence[Concept], settings: Settings) -> float:
+    """How much a merge is to do, in rows through the UNet; more if its layers do not fit into memory at once."""
+    texts, plan = _texts(concepts, settings), _plan(concepts, settings)
+    return _work(texts, len(plan), settings, _rows(settings.size or host.size))[1]
+
+
+def _work(
+    texts: Sequence[Sequence[str]], pairs: int, settings: Settings, rows: int, passes: int = 1
+) -> tuple[float, float]:
+    """Rows through the UNet: for all pictures that are looked at, and for the whole merge.
+
+    A step of polish also goes backwards, which counts twice.
+    """
+    again = (passes - 1) * sum(map(len, texts))
+    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
+    return drawn, 1.1 * drawn + 3 * rows * POLISH_STEPS[settings.speed]
+
+
+def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
+    """The prompts that are looked at, for each concept and for what must not change."""
+    own = [prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts]
+    return [*own, list(settings.neutral_prompts)]
+
+
+def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
+    """The pictures of two concepts; styles take no part."""
+    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
+    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
+
+
+def _rows(size: int) -> int:
+    """UNet calls in a step of polish: as many as small memory holds."""
+    return max(4, min(32, 8192 * 64 // size**2))
+
+
 def scarce(device: torch.device) -> bool:
     """Whether a CUDA device has less than a quarter of its memory free, which drawing and polishing need."""
     free, whole = torch.cuda.mem_get_info(device)
@@ -147,13 +182,9 @@ class _Run:
         self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress, fit: Fit
     ) -> None:
         self.host, self.settings, self.progress, self.fit = host, settings, progress, fit
-        self.triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
-        self.texts = [
-            *(prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts),
-            list(settings.neutral_prompts),
-        ]
+        self.texts = _texts(concepts, settings)
         self.asked: list[Changes] = [
             *(concept.changes(live) for concept in concepts),
             {},
@@ -161,7 +192,7 @@ class _Run:
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
-        self.rows = max(4, min(32, 8192 * 64 // self.size**2))  # in a step of polish: as many as small memory holds
+        self.rows = _rows(self.size)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.statistics: dict[str, Statistics | NormStatistics] = {}
         self.inputs: dict[str, int] = {}
@@ -173,13 +204,9 @@ class _Run:
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
-        # Work is counted in rows through the UNet; a step of polish also goes backwards, which counts twice.
-        self.plan = scenes.plan(self.triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
-        again = (len(self.passes) - 1) * sum(map(len, self.texts))
-        pictures = sum(len(texts) + 1 for texts in self.texts) + again + 2 * len(self.plan)
-        drawn = 2 * pictures * settings.steps
-        self.whole, self.done = 1.1 * drawn + 3 * self.rows * POLISH_STEPS[settings.speed], 0.0
-        self.small = 0.1 * drawn / (2 * len(self.texts) + 1)
+        self.plan = _plan(concepts, settings)
+        drawn, self.whole = _work(self.texts, len(self.plan), settings, self.rows, len(self.passes))
+        self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
 
     def tick(self, stage: str, work: float = 0.0) -> None:

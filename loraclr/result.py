@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from loraclr import files
 from loraclr.concept import Concept
@@ -150,5 +152,18 @@ def write(
     files.save(path, layers, metadata, dtype, overwrite, merge.words if bundle else None)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
-    files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
+    written = files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))
+    if written is None and files.activation_text(path) != merge.triggers:
+        merge.notes.append(f"{path.stem}.json holds notes of yours and stays as it is, activation text included.")
     return path
+
+
+def note_bled(path: str | Path, bled: Mapping[str, Mapping[str, float]]) -> None:
+    """Add to the recipe of a merged file what was measured after it was written.
+
+    Args:
+        bled: per concept name the share of every other LoRA's effect in its pictures (see `loraclr.crosstalk`).
+    """
+    with safe_open(path, framework="pt") as file:
+        recipe = json.loads(file.metadata()["loraclr.recipe"])
+    files.annotate(path, {"loraclr.recipe": json.dumps({**recipe, "bled": bled}, ensure_ascii=False)})

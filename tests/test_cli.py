@@ -126,7 +126,7 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, "--kind", "thing", *OUT], "invalid choice: 'thing'"),
             ([*A, "--rank", "0", *OUT], "invalid positive whole number value: '0'"),
             ([*A, *OUT, "--device", "nonsense"], "The device nonsense cannot be used here"),
-            ([*A, *OUT[:2]], "the following arguments are required: --output"),
+            ([*A, *OUT[:2]], "There is no --output"),
             ([*A, *OUT[2:]], "--method loraclr looks at the model: give its --checkpoint"),
             ([*A, *OUT[2:], "--method", "gradient-fusion"], "--method gradient-fusion looks at the model"),
             ([*A, *OUT, "--method", "ties", "--speed", "best"], "--speed means nothing to --method ties"),

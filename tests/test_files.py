@@ -259,7 +259,9 @@ def test_save_names_wrong_metadata_and_wrong_endings(tmp_path):
 def test_sidecar_has_the_webuis_fields_and_is_read_back(saved):
     sidecar = files.write_sidecar(saved, "zyk cat", "sdxl", "two cats", 0.8)
     assert sidecar == saved.parent / "merged.json"
-    assert json.loads(sidecar.read_text(encoding="utf-8")) == {
+    fields = json.loads(sidecar.read_text(encoding="utf-8"))
+    assert fields.pop("loraclr"), "by which it is known again"
+    assert fields == {
         "description": "",
         "sd version": "SDXL",
         "activation text": "zyk cat",
@@ -276,6 +278,33 @@ def test_the_users_sidecar_is_left_alone(saved):
     assert files.write_sidecar(saved, "zyk", "sd1") is None
     assert sidecar.read_text() == '{"activation text": "mine"}'
     assert files.load(saved).triggers() == "mine"
+
+
+def test_a_sidecar_of_ours_is_renewed_until_the_user_edits_it(saved):
+    """The webui's editor writes every field again; that alone is no edit."""
+    sidecar = files.write_sidecar(saved, "zyk", "sd1", "zyk alone")
+    fields = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps({**fields, "preferred weight": 1}, indent=4))
+    assert files.write_sidecar(saved, "sks", "sd1", "sks alone") == sidecar
+    assert json.loads(sidecar.read_text())["notes"] == "sks alone"
+    for edit in ({"activation text": "mine"}, {"notes": "a note of mine"}, {"preferred weight": 0.7}, {"more": 1}):
+        edited = json.dumps({**json.loads(sidecar.read_text()), **edit})
+        sidecar.write_text(edited)
+        assert files.write_sidecar(saved, "zyk", "sd1") is None
+        assert sidecar.read_text() == edited
+        sidecar.unlink()
+        files.write_sidecar(saved, "sks", "sd1", "sks alone")
+
+
+def test_metadata_is_added_to_a_file_whose_tensors_stay(saved):
+    before, old = safetensors.torch.load_file(saved), files.model_hash(saved)
+    told = files.load(saved).metadata
+    files.annotate(saved, {"loraclr.recipe": '{"ä": 1}', "modelspec.title": "new"})
+    assert files.load(saved).metadata == {**told, "loraclr.recipe": '{"ä": 1}', "modelspec.title": "new"}
+    after = safetensors.torch.load_file(saved)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert files.model_hash(saved) == old
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
 @pytest.mark.parametrize("content", [b"{broken", b"\xff\xfe", b"[]", b'{"activation text": 3}'])

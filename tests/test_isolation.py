@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,12 @@ def test_help_asks_for_nothing_either() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--lora FILE" in done.stdout
+
+
+def test_the_tab_knows_the_webui_in_three_files_only() -> None:
+    """So that all of the rest runs in a page of its own."""
+    pattern = re.compile(r"^\s*(from|import) (modules|networks)\b", re.MULTILINE)
+    files = (ROOT / "loraclr" / "webui").rglob("*.py")
+    assert {file.name for file in files if pattern.search(file.read_text("utf-8"))} == {
+        "callbacks.py", "inside.py", "options.py",
+    }  # fmt: skip

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 
 import pytest
 
@@ -18,9 +19,11 @@ SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 #: Arguments that the user reads, by name; and calls whose first argument is read, by the called thing's name.
 READ = ("label", "info", "placeholder", "tooltip")
-SAID_FIRST = ("Button", "Accordion", "info")
+SAID_FIRST = ("Button", "Accordion", "info", "say")
 #: Constants with text in HTML.
-TEXTS = ("HEADING", "EMPTY", "NOTHING", "OTHER", "WELCOME")
+TEXTS = ("HEADING", "EMPTY", "NOTHING", "NONE", "OTHER", "WELCOME")
+#: What the core says; the tab translates it.
+CORE = "CORE"
 #: Names and signs that are the same everywhere.
 SAME = re.compile(r"LoRA|[^\w]*|exact|auto|\d+")
 
@@ -43,6 +46,8 @@ def _strings(node: ast.AST) -> Iterator[str]:
         said += node.args[1:2] if called == "OptionInfo" else []
         said += node.args[2:3] if called == "_text" else []
         yield from (value.value for value in said if isinstance(value, ast.Constant) and isinstance(value.value, str))
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == CORE:
+        yield from ast.literal_eval(node.value)
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TEXTS:
         text = ast.literal_eval(node.value)
         yield from re.findall(r'title="([^"]+)"', text)
@@ -52,8 +57,8 @@ def _strings(node: ast.AST) -> Iterator[str]:
 def test_the_strings_are_found() -> None:
     """The walk over the sources sees labels, buttons, placeholders, notes and texts."""
     assert {
-        "LoRAs to merge", "Merge", "left empty: named after the LoRAs in it", "Type to search.", "Text enc.",
-        "Number format of merged LoRAs", "same", "Load settings",
+        "LoRAs to merge", "Merge", "left empty: named after the LoRAs in it", "Compare with", "Text enc.",
+        "Number format of merged LoRAs", "same", "Load settings", "{share} bled in",
     } <= strings()  # fmt: skip
 
 
@@ -64,6 +69,43 @@ def test_nothing_is_missing_or_left_over(file: Path) -> None:
     assert not strings() - told.keys()
     assert not told.keys() - strings()
     assert all(value.strip() and value != key for key, value in told.items())
+
+
+@pytest.mark.parametrize("file", LANGUAGES, ids=lambda file: file.stem)
+def test_the_same_values_are_named(file: Path) -> None:
+    """A translation has a place for each name and figure of the sentence, and for no other."""
+    for sentence, translation in json.loads(file.read_text(encoding="utf-8")).items():
+        names = [{name for _, name, _, _ in Formatter().parse(text) if name} for text in (sentence, translation)]
+        assert names[0] == names[1], sentence
+
+
+def test_no_sentence_is_put_together_where_it_is_said() -> None:
+    """What is said is a constant: a sentence with values already in it would never be found."""
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say" and source.name != "language.py":
+                assert isinstance(node.args[0], ast.Constant), f"{source.name}, line {node.lineno}"
+
+
+def test_what_the_core_says_is_still_what_it_says() -> None:
+    """Each of these sentences is somewhere in the sources, whole or, where a name is put in later, in part."""
+    found, said = set(), set()
+    for source in (ROOT / "loraclr").rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if source.name == "language.py":
+                found.update(
+                    ast.literal_eval(node.value)
+                    if getattr(node, "targets", None) and getattr(node.targets[0], "id", "") == CORE
+                    else ()
+                )
+            elif isinstance(node, ast.JoinedStr):
+                said.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    assert found
+    for sentence in found:
+        plain = re.sub(r"{\w+}", "{}", sentence)
+        assert {plain, plain.removeprefix("Looking at ")} & said, sentence
 
 
 def test_the_languages() -> None:

@@ -16,8 +16,9 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, Settings, merge
-from loraclr.result import with_whole_attention, write
+from loraclr.merging import Cancelled, Settings, merge, work
+from loraclr.recipe import read as recipe_of
+from loraclr.result import Merge, note_bled, with_whole_attention, write
 
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
 
@@ -240,6 +241,20 @@ def test_progress_rises_to_one_and_tells_the_stages() -> None:
     assert all(left >= 0 for _, _, left in seen if left is not None)
 
 
+def test_progress_counts_the_pictures_of_two() -> None:
+    """They take their part of the way, and the end is reached only by the last step of the polish."""
+    host, seen = ToyHost(), []
+    concepts = [Concept(toy_lora(host, name, k), name) for k, name in enumerate(("tiger", "panda"), 1)]
+    settings = Settings(speed="fast", steps=3, size=32, scenes=2)
+    merge(host, concepts, settings, lambda *told: seen.append(told))
+    ends = [share for stage, share, _ in seen if stage == "Polishing, step 80 of 80"]
+    assert ends == [pytest.approx(1.0, abs=0.01)]
+    assert max(share for stage, share, _ in seen if stage == "Polishing, step 79 of 80") < 1.0
+    looked = [share for stage, share, _ in seen if stage == "Looking at two in one picture"]
+    rows = 4 * 2 * 2 * settings.steps  # scenes, halves of each, with and without the prompt
+    assert looked[-1] - looked[0] == pytest.approx(rows / work(host, concepts, settings))
+
+
 @pytest.mark.parametrize("when", [0.05, 0.5, 0.9])
 def test_cancel_anywhere_leaves_the_model_alone(when: float) -> None:
     host = ToyHost()
@@ -321,6 +336,25 @@ def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
     assert result.prompt("both") == "<lora:both:1> sks, zyk"
     with pytest.raises(FileExistsError):
         write(result, path)
+    note_bled(path, {"tiger": {"panda": 0.125}})
+    assert json.loads(files.load(path).metadata["loraclr.recipe"]) == {**recipe, "bled": {"tiger": {"panda": 0.125}}}
+    assert recipe_of(path).method == "loraclr", "what was measured is no part of what is to be done"
+
+
+def test_a_replaced_merge_renews_its_notes_unless_they_are_the_users(tmp_path) -> None:
+    host, path = ToyHost(), tmp_path / "it.safetensors"
+
+    def merged(words: str) -> Merge:
+        return merge(host, [Concept(toy_lora(host, "tiger", 1), words)], CLOSED)
+
+    write(merged("sks"), path)
+    write(again := merged("zyk"), path, overwrite=True)
+    assert files.activation_text(path) == "zyk" and not again.notes
+    sidecar = path.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace('"zyk"', '"my tiger"'))
+    write(again := merged("sks"), path, overwrite=True)
+    assert files.activation_text(path) == "my tiger"
+    assert again.notes == ["it.json holds notes of yours and stays as it is, activation text included."]
 
 
 def test_layers_looked_at_in_passes_merge_to_the_same(monkeypatch) -> None:

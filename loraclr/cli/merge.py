@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Stable Diffusion 1.x, 2.x or XL, .safetensors or diffusers' folder; for methods that look at the model, "
         "and for LoRAs whose change depends on its weights, such as DoRA",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the LoRA file to write, .safetensors")
+    parser.add_argument("--output", type=Path, help="the LoRA file to write, .safetensors")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
 
     parser.add_argument(
@@ -76,8 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge again as this merged LoRA was, from the LoRAs beside it or in the current folder",
     )
 
+    there = parser.add_argument_group("by a running webui", "with its checkpoint, into its LoRA folder")
+    there.add_argument(
+        "--server", metavar="URL", help="let this one merge, http://127.0.0.1:7860 for example; it needs --api"
+    )
+    there.add_argument("--api-auth", metavar="USER:PASS", help="the server's own --api-auth, one of them")
+    there.add_argument("--name", help="of the result on the server (default: after the LoRAs)")
+
     each = parser.add_argument_group("for each LoRA", "--lora begins one; the options behind it are about that one")
-    each.add_argument("--lora", type=Path, action=_NewEntry, dest="entries", metavar="FILE", help="LoRA to merge")
+    each.add_argument(
+        "--lora",
+        type=Path,
+        action=_NewEntry,
+        dest="entries",
+        metavar="FILE",
+        help="LoRA to merge; with --server its name there",
+    )
     of_entry = {"action": _OfEntry, "default": argparse.SUPPRESS}
     each.add_argument(
         "--trigger", metavar="WORDS", help="what calls it in a prompt (default: what its file says)", **of_entry
@@ -103,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
     )
-    how.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of the file (default: fp16)")
+    how.add_argument("--dtype", choices=list(DTYPES), help="number format of the file (default: fp16)")
     how.add_argument(
         "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
     )
@@ -144,8 +158,17 @@ def offered() -> list[Method]:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
     from loraclr import methods
+    from loraclr.cli import remote
     from loraclr.merging import Settings
 
+    if args.server is not None:
+        check_options(args, methods.METHODS[args.method])
+        return remote.run(args)
+    for option in ("api_auth", "name"):
+        if getattr(args, option) is not None:
+            raise Refused(f"--{option.replace('_', '-')} means nothing without --server: leave it out.")
+    if args.output is None:
+        raise Refused("There is no --output: give the LoRA file to write, or a --server that merges.")
     told = read_recipe(args) if args.recipe else None
     method = methods.METHODS[told.method if told else args.method]
     concepts = prepare(args, method, told)
@@ -251,7 +274,7 @@ def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mappin
 
 
 def check_options(args: argparse.Namespace, method: Method) -> None:
-    """Refuse options that the method would ignore, and a missing checkpoint."""
+    """Refuse options that the method would ignore, and a checkpoint that is missing here."""
     ignored = {
         "--speed": args.speed is not None and method.name != "loraclr",
         "--device": args.device is not None and not method.needs_model,
@@ -264,7 +287,7 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
             raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
-    if method.needs_model and args.checkpoint is None:
+    if method.needs_model and args.checkpoint is None and args.server is None:
         raise Refused(
             f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
             "the LoRA files, such as sum."
@@ -359,7 +382,11 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
     try:
         with refusing():
             result.write(
-                merge, args.output, getattr(torch, DTYPES[args.dtype]), args.overwrite, not args.separate_embeddings
+                merge,
+                args.output,
+                getattr(torch, DTYPES[args.dtype or "fp16"]),
+                args.overwrite,
+                not args.separate_embeddings,
             )
     finally:
         signal.signal(signal.SIGINT, before)

@@ -31,7 +31,7 @@ from loraclr.merging import Cancelled
 _REWRITTEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
 
 # state.job_no counts this many parts, so that the steps of one picture hardly move the bar.
-_PARTS = 1000
+_PARTS = 100_000
 
 
 class A1111:

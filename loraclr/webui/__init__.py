@@ -1,1 +1,1 @@
-"""The LoRACLR Merge tab: gradio and the webui's modules are imported here and in `loraclr.hosts.a1111` only."""
+"""The LoRACLR Merge tab: gradio is imported here only, the webui's modules also in `loraclr.hosts.a1111`."""

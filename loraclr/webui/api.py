@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from fastapi import Body, Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from modules import errors, progress, shared
-from modules.call_queue import queue_lock
 
 from loraclr.merging import Cancelled
 from loraclr.methods import METHODS
 from loraclr.webui import card, job, library, orders
 from loraclr.webui.job import Done, Order
+from loraclr.webui.surroundings import here
 
 _REMEMBERED = 64  # jobs
 
@@ -44,9 +43,9 @@ _jobs: dict[str, Job] = {}
 
 def add_routes(app: FastAPI) -> None:
     """Add the routes, behind the same user names and passwords as the webui's own (--api-auth)."""
-    if not (shared.cmd_opts.api or shared.cmd_opts.nowebui):
+    if not here().api:
         return
-    guard = [Depends(_authorised)] if shared.cmd_opts.api_auth else []
+    guard = [Depends(_authorised)] if here().api_auth else []
     for method, path, endpoint in (
         ("GET", "loras", loras),
         ("GET", "loras/{name:path}", lora),
@@ -61,7 +60,7 @@ def add_routes(app: FastAPI) -> None:
 
 def _authorised(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 (how fastapi is told)
     """Refuse whoever is not named by --api-auth, which lists user:password, separated by commas."""
-    for entry in shared.cmd_opts.api_auth.split(","):
+    for entry in here().api_auth.split(","):
         user, _, password = entry.partition(":")
         right = [
             compare_digest(a.encode(), b.encode()) for a, b in ((given.username, user), (given.password, password))
@@ -105,7 +104,7 @@ def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi
     for old in [task for task, other in _jobs.items() if other.state not in ("queued", "running")][:-_REMEMBERED]:
         del _jobs[old]
     _jobs[wanted.task] = wanted
-    progress.add_task_to_queue(wanted.task)
+    here().enqueue(wanted.task)
     wanted.thread = threading.Thread(target=_work, args=[wanted], daemon=True)
     wanted.thread.start()
     return {"job": wanted.task}
@@ -116,8 +115,8 @@ def status(task: str) -> dict[str, Any]:
     found = _found(task)
     answer: dict[str, Any] = {"job": task, "state": found.state}
     if found.state == "running":
-        count = shared.state.job_count
-        answer |= {"stage": shared.state.textinfo, "progress": shared.state.job_no / count if count > 0 else 0.0}
+        stage, share = here().progress()
+        answer |= {"stage": stage, "progress": share}
     if found.state == "failed":
         answer["error"] = found.error
     if found.done is not None:
@@ -152,9 +151,7 @@ def _found(task: str) -> Job:
 
 def _work(wanted: Job) -> None:
     """Wait for the queue, then merge, as the tab's button does."""
-    with queue_lock:
-        shared.state.begin(job=wanted.task)
-        progress.start_task(wanted.task)
+    with here().job(wanted.task):
         wanted.state = "running"
         try:
             wanted.done = job.run(wanted.task, wanted.order)
@@ -164,10 +161,5 @@ def _work(wanted: Job) -> None:
         except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
             wanted.state, wanted.error = "failed", " ".join(str(error).split())
         except Exception:  # noqa: BLE001 (the thread's end; the log has the rest)
-            errors.report("LoRACLR Merge failed", exc_info=True)
-            wanted.state, wanted.error = "failed", "The merge failed; the webui's log says where."
-        finally:
-            progress.finish_task(wanted.task)
-            shared.state.end()
-            shared.state.skipped = shared.state.interrupted = shared.state.stopping_generation = False
-            shared.state.job_count = 0
+            here().log("LoRACLR Merge failed")
+            wanted.state, wanted.error = "failed", "The merge failed; the log says where."

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from modules import extra_networks
-
 from loraclr import outline
 from loraclr.keys import Family
 from loraclr.lora import LoRA
+from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 TITLES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 _PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # the webui's, in its order
@@ -47,14 +47,19 @@ class Card:
         if self.lora is None:
             return self.problem
         if loaded is not None and self.lora.family != loaded:
-            return f"It is for {TITLES[self.lora.family]}, but the loaded checkpoint is {TITLES[loaded]}."
+            return say(
+                "It is for {family}, but the loaded checkpoint is {loaded}.",
+                family=TITLES[self.lora.family], loaded=TITLES[loaded],
+            )  # fmt: skip
         return ""
 
     @property
     def noted(self) -> str:
         """What was not understood of a file that can be read."""
         unused = () if self.lora is None else self.lora.unused
-        return f"{len(unused)} of its keys are not understood ({unused[0]})." if unused else ""
+        if not unused:
+            return ""
+        return say("{count} of its keys are not understood ({first}).", count=len(unused), first=unused[0])
 
 
 def of(path: Path) -> Card:
@@ -76,7 +81,7 @@ def _card(path: Path, *_: int) -> Card:
         lora = outline.load(path)
     except (ValueError, OSError) as error:
         problem = " ".join(str(error).split())
-    noted = extra_networks.get_user_metadata(str(path)).get("activation text")
+    noted = here().notes(path).get("activation text")
     trigger = noted.strip() if isinstance(noted, str) and noted.strip() else lora.triggers() if lora else ""
     stems = (f"{path.stem}{middle}.{end}" for end in _PICTURES for middle in ("", ".preview"))
     thumbnail = next((path.with_name(stem) for stem in stems if path.with_name(stem).is_file()), None)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import networks  # the webui's own LoRA extension
-from modules.ui_components import FormRow
 
-from loraclr.webui import library, rows, settings
-
-_RECIPE = "loraclr.recipe"
+from loraclr.webui import comparison, library, rows, settings
+from loraclr.webui.components import FormRow
+from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 
 class History:
@@ -22,56 +19,33 @@ class History:
 
     def __init__(self, chosen: rows.Rows, form: settings.Form) -> None:
         with gr.Accordion("Earlier merges", open=False, elem_id="loraclr_history"):
-            with FormRow():
+            with FormRow(elem_id="loraclr_earlier"):
                 self.merged = gr.Dropdown(names(), label="Merged LoRAs", elem_id="loraclr_merged")
+                self.other = gr.Dropdown(names(), label="Compare with", elem_id="loraclr_other")
                 self.load = gr.Button("Load settings", elem_id="loraclr_load", scale=0)
             self.about = gr.HTML(elem_id="loraclr_merged_about")
-        self.merged.do_not_save_to_config = True
-        self.merged.change(described, [self.merged], [self.about], show_progress=False)
+        both = [self.merged, self.other]
+        for component in both:
+            component.do_not_save_to_config = True
+            component.change(comparison.table, both, [self.about], show_progress=False)
         self.load.click(
             loaded, [self.merged], [chosen.chosen, *chosen.arranged, *form.fields],
             show_progress=False,
         )  # fmt: skip
-        chosen.look.click(lambda: gr.update(choices=names()), [], [self.merged], show_progress=False)
+        chosen.look.click(lambda: [gr.update(choices=names())] * 2, [], both, show_progress=False)
 
 
 def names() -> list[str]:
     """The LoRAs that were merged here, latest first."""
-    found = [entry for entry in list(networks.available_networks.values()) if recipe(entry.name)]
-    return [entry.name for entry in sorted(found, key=lambda entry: -_time(Path(entry.filename)))]
-
-
-def recipe(name: str | None) -> dict[str, Any]:
-    """How a LoRA was merged, {} for any other one."""
-    entry = networks.available_networks.get(name)
-    told = {} if entry is None else entry.metadata.get(_RECIPE, {})
-    if isinstance(told, str):  # the webui has decoded what looks like JSON, but not in every version
-        try:
-            told = json.loads(told)
-        except ValueError:
-            return {}
-    return told if isinstance(told, dict) and isinstance(told.get("concepts"), list) else {}
-
-
-def described(name: str | None) -> str:
-    """What went into a merged LoRA."""
-    told = recipe(name)
-    if not told:
-        return ""
-    lines = (
-        f"<tr><td>{escape(str(concept.get('file', '')))}</td><td><code>{escape(str(concept.get('trigger', '')))}</code>"
-        f"</td><td>{escape(str(concept.get('weight', '')))}</td></tr>"
-        for concept in told["concepts"]
-    )
-    head = "<tr><th>LoRA</th><th>Trigger words</th><th>Weight</th></tr>"
-    return f"<p>{escape(str(told.get('method', '')))}</p><table>{head}{''.join(lines)}</table>"
+    found = [entry for entry in here().listed() if library.recipe(entry.name)]
+    return [entry.name for entry in sorted(found, key=lambda entry: -_time(entry.path))]
 
 
 def loaded(name: str | None) -> list[Any]:
     """The rows and the form as they were for a merged LoRA; LoRAs that are gone are left out and named."""
-    told = recipe(name)
+    told = library.recipe(name)
     if not told:
-        gr.Warning("Choose one of the merged LoRAs first.")
+        gr.Warning(say("Choose one of the merged LoRAs first."))
         return [gr.update()] * (1 + len(rows.arranged([], {})) + len(settings.FIELDS))
     there = set(library.names())
     lines, gone = {}, []
@@ -83,9 +57,9 @@ def loaded(name: str | None) -> list[Any]:
         else:
             lines[source] = _line(concept)
     if gone:
-        gr.Warning(f"No longer in the LoRA folder: {', '.join(gone)}.")
+        gr.Warning(say("No longer in the LoRA folder: {names}.", names=", ".join(gone)))
     values = settings.written(str(told.get("method", "loraclr")), told.get("settings") or {})
-    return [list(lines), *rows.arranged(list(lines), lines), *values]
+    return [*rows.filled(lines), *values]
 
 
 def _line(concept: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,24 +1,29 @@
-"""The merge as a job of the webui: from a checked form to a file in the LoRA folder, and pictures of it."""
+"""The merge as a job: from a checked form to a file in the LoRA folder, and pictures of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from modules import progress, shared
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from loraclr import blocks, files, methods
 from loraclr.concept import Concept
-from loraclr.hosts.a1111 import A1111, report
-from loraclr.merging import POLISH_STEPS, Cancelled, Settings
+from loraclr.hosts import Host
+from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
-from loraclr.result import Merge, write
+from loraclr.result import Merge, note_bled, write
 from loraclr.webui import library, pictures, target
+from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
+from loraclr.webui.surroundings import here
+
+# By which a preview picture is known as one of ours.
+_SIGNATURE = ("Software", "LoRACLR Merge")
 
 # Jobs that were interrupted while another one was running before them.
 _called_off: set[str] = set()
@@ -72,20 +77,8 @@ class Done:
     comparison: Comparison | None = None
 
 
-class _Shown(A1111):
-    """The host, with every finished picture in the webui's live preview."""
-
-    def sample(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
-        # Half-drawn pictures would be decoded beside the sampling: keep the webui from taking any to be due.
-        shared.state.current_image_sampling_step = 1_000_000
-        drawn = super().sample(*args, **kwargs)
-        if drawn:
-            shared.state.assign_current_image(drawn[0])
-        return drawn
-
-
 def run(task: str, order: Order) -> Done:
-    """Merge the rows' LoRAs and list the result; inside the webui's queue only.
+    """Merge the rows' LoRAs and list the result; inside the queue only.
 
     Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no file was written. Once it is written,
     an interruption only ends the drawing.
@@ -95,12 +88,12 @@ def run(task: str, order: Order) -> Done:
         raise Cancelled("The merge was interrupted.")
     path = check(order)
     method = methods.METHODS[order.method]
-    host = _Shown()
+    host = here().host()
     concepts = [concept_of(row) for row in order.rows]
-    share = _share_of_merge(concepts, order)
+    share = _share_of_merge(host, concepts, order)
 
     def tell(stage: str, fraction: float, left: float | None = None) -> None:
-        report(stage, share * fraction, left)
+        here().report(retell(stage), share * fraction, left)
 
     if method.needs_model:
         merged = methods.merge(host, concepts, order.method, order.settings, tell)
@@ -116,9 +109,10 @@ def run(task: str, order: Order) -> Done:
         return Done(merged, path)
 
     def drawing(what: str, done: float) -> None:
-        report(what, share + (1 - share) * done)
+        here().report(retell(what), share + (1 - share) * done)
 
     comparison = pictures.compare(host, merged, order.settings, drawing)
+    note_bled(path, _bled(merged, comparison))
     _preview(comparison, path)
     host.publish(path)
     return Done(merged, path, comparison)
@@ -131,19 +125,25 @@ def check(order: Order) -> Path:
     """
     if len(order.rows) < 2:
         raise ValueError(
-            "Choose two or more LoRAs to merge." if order.rows else "No LoRA is chosen yet: choose two or more above."
+            say("Choose two or more LoRAs to merge.")
+            if order.rows
+            else say("No LoRA is chosen yet: choose two or more above.")
         )
     if order.method not in methods.METHODS:
         raise ValueError(f"There is no method {order.method}: choose one of {', '.join(methods.METHODS)}.")
     if order.settings.rank == "auto" and not methods.METHODS[order.method].needs_model:
-        raise ValueError(f"The method {order.method} knows no automatic rank: choose a number, or exact.")
+        raise ValueError(
+            say("The method {method} knows no automatic rank: choose a number, or exact.", method=order.method)
+        )
     path = target.path_for(order.name, [row.name for row in order.rows], order.replace)
     for row in order.rows:
         library.path_of(row.name)
         if row.weight is None:
-            raise ValueError(f"{row.name} has no weight; 1 is its usual strength.")
+            raise ValueError(say("{name} has no weight; 1 is its usual strength.", name=row.name))
         if not row.trigger.strip():
-            raise ValueError(f"{row.name} has no trigger words yet: write the words that call it into its row.")
+            raise ValueError(
+                say("{name} has no trigger words yet: write the words that call it into its row.", name=row.name)
+            )
     return path
 
 
@@ -161,38 +161,61 @@ def concept_of(row: Row) -> Concept:
 
 def _dtype() -> torch.dtype:
     """The number format that the user's settings ask for."""
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(shared.opts.data.get("loraclr_precision"), torch.float16)
+    chosen = here().option("loraclr_precision", "fp16")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}.get(chosen, torch.float16)
 
 
-def _share_of_merge(concepts: Sequence[Concept], order: Order) -> float:
+def _share_of_merge(host: Host, concepts: Sequence[Concept], order: Order) -> float:
     """How much of the whole work is the merge; the rest is the pictures."""
     if not order.draw:
         return 1.0
-    settings, drawing = order.settings, pictures.rows_through_unet(concepts, order.settings)
     if not methods.METHODS[order.method].needs_model:
         return 0.1
-    looked = 2 * sum(9 if not concept.prompts else len(concept.prompts) + 1 for concept in concepts) * settings.steps
-    return 1 - drawing / (drawing + looked + 3 * 32 * POLISH_STEPS[settings.speed])
+    drawing = pictures.rows_through_unet(concepts, order.settings)
+    return 1 - drawing / (drawing + work(host, concepts, order.settings))
+
+
+def _bled(merged: Merge, comparison: Comparison) -> dict[str, dict[str, float]]:
+    """How much of the other LoRAs showed in the pictures of each concept, for the recipe."""
+    names = [concept.lora.name for concept in merged.concepts]
+    return {
+        name: {other: share for other, share in zip(names, shares, strict=True) if not math.isnan(share)}
+        for name, shares in zip(names, comparison.crosstalk, strict=False)
+    }
 
 
 def _preview(comparison: Comparison, path: Path) -> None:
-    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Never replaces one."""
+    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Replaces only one of ours."""
     file = path.with_suffix(".preview.png")
-    found = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
+    others = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
     drawn = [row.after[0] for row in comparison.concepts[:4]]
-    if not drawn or any(other.exists() for other in found) or not shared.opts.data.get("loraclr_preview", True):
+    if not drawn or not here().option("loraclr_preview", True):
+        return
+    if any(other.exists() and not (other == file and _is_ours(file)) for other in others):
         return
     width, height = drawn[0].size
     columns = 1 if len(drawn) == 1 else 2
     sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height))
     for place, picture in enumerate(drawn):
         sheet.paste(picture, (place % columns * width, place // columns * height))
-    sheet.save(file)
+    signed = PngInfo()
+    signed.add_text(*_SIGNATURE)
+    sheet.save(file, pnginfo=signed)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a preview was drawn here."""
+    key, value = _SIGNATURE
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get(key) == value
+    except OSError:
+        return False
 
 
 def interrupt(task: str) -> None:
     """Stop the job of this id, running or still waiting, and no other one."""
-    if task and progress.current_task == task:
-        shared.state.interrupt()
-    elif task in progress.pending_tasks:
+    if task and here().runs(task):
+        here().interrupt()
+    elif here().waits(task):
         _called_off.add(task)

@@ -20,7 +20,6 @@ from loraclr.lora import LoRA
 from loraclr.merging import Cancelled, Settings
 from loraclr.result import Merge
 
-ALONE, TOGETHER, MERGED = "its own LoRA", "the LoRAs stacked", "the merged LoRA"
 _SEEDS = 2  # pictures of each concept
 _SCENES = 3  # pairs of concepts, at most
 _FIRST_SEED = 10_000  # noise that the merge has not seen

@@ -18,8 +18,11 @@ from loraclr import report
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures
+from loraclr.webui.components import script
 from loraclr.webui.job import Done
+from loraclr.webui.language import retell, say, shown
 from loraclr.webui.pictures import Comparison
+from loraclr.webui.surroundings import here
 
 WELCOME = (
     '<div class="loraclr-note">'
@@ -27,8 +30,6 @@ WELCOME = (
     "<p>Nothing is trained on pictures. The merge looks at what each LoRA does to the loaded checkpoint and finds the "
     "one LoRA that does all of it, so load the checkpoint that you mean to use.</p></div>"
 )
-KEPT = "How much of the LoRA's effect on the model's predictions the merged one has, on a picture kept aside"
-BLED = "The largest share of another LoRA's effect in this concept's pictures; stacked LoRAs have about 100 %"
 #: From what share of its effect on a concept counts as kept, and as weaker. A choice, not a measurement.
 _GOOD, _FAIR = 0.8, 0.6
 
@@ -45,7 +46,7 @@ class Panel:
             self.prompt = gr.Textbox(
                 label="Prompt that uses it", lines=2, show_copy_button=True, interactive=True, elem_id="loraclr_prompt"
             )
-            self.send = gr.Button("Send to txt2img", elem_id="loraclr_send")
+            self.send = gr.Button("Send to txt2img", elem_id="loraclr_send", visible=here().txt2img)
             self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
             with gr.Accordion("Details", open=False, elem_id="loraclr_details"):
                 self.details = gr.HTML(elem_id="loraclr_figures")
@@ -54,7 +55,7 @@ class Panel:
         self.subset.change(
             fn=_prompt, inputs=[self.made, self.subset], outputs=[self.prompt], show_progress=False, queue=False
         )
-        self.send.click(fn=None, _js="loraclrSend", inputs=[self.prompt], outputs=[])
+        self.send.click(fn=None, inputs=[self.prompt], outputs=[], **script("loraclrSend"))
 
     @property
     def outputs(self) -> list[Any]:
@@ -96,13 +97,42 @@ def summary(done: Done) -> str:
         _bar(concept.lora.name, concept.trigger, _kept(merge, concept.lora.name), share)
         for concept, share in zip(merge.concepts, bled, strict=True)
     ]
-    stopped = done.comparison is not None and not done.comparison.complete
-    notes = [*merge.notes, *(["The drawing ended early; the file is complete."] if stopped else [])]
+    notes = [retell(note) for note in merge.notes]
+    if done.comparison is not None and not done.comparison.complete:
+        notes.append(say("The drawing ended early; the file is complete."))
     note = "".join(f"<p>{escape(line)}</p>" for line in notes)
+    ready = say(
+        "{name} is ready: {count} LoRAs in one, {ranks}, {size} MB.",
+        name=done.path.stem, count=len(merge.concepts), ranks=_ranks(merge), size=f"{size:.1f}",
+    )  # fmt: skip
     return f"""<div class="loraclr-note loraclr-done">
-<p><b>{escape(done.path.stem)}</b> is ready: {len(merge.concepts)} LoRAs in one, {merge.ranks}, {size:.1f} MB.</p>
+<p>{_bold(ready, done.path.stem)}</p>
 <p class="loraclr-path">{escape(str(done.path))}</p>{note}
 <div class="loraclr-bars">{"".join(lines)}</div>{_gallery(done.comparison)}</div>"""
+
+
+def _bold(sentence: str, name: str) -> str:
+    """A sentence as HTML, with a name in it set off."""
+    before, found, after = sentence.partition(name)
+    return f"{escape(before)}<b>{escape(found)}</b>{escape(after)}"
+
+
+def _ranks(merge: Merge) -> str:
+    """The ranks of a merge's layers in words."""
+    ranks = sorted({layer.rank for layer in merge.layers.values() if layer.rank is not None})
+    if not ranks:
+        return say("norm layers only")
+    if len(ranks) == 1:
+        return say("rank {rank}", rank=ranks[0])
+    return say("ranks {least} to {most}", least=ranks[0], most=ranks[-1])
+
+
+def _about_kept() -> str:
+    return say("How much of the LoRA's effect on the model's predictions the merged one has, on a picture kept aside")
+
+
+def _about_bled() -> str:
+    return say("The largest share of another LoRA's effect in this concept's pictures; stacked LoRAs have about 100 %")
 
 
 def _kept(merge: Merge, name: str) -> float | None:
@@ -119,11 +149,15 @@ def _bar(name: str, trigger: str, kept: float | None, bled: float | None) -> str
     """A concept's line: its name and words, and a bar with a verdict for what was kept and for what bled in."""
     line = f'<div class="loraclr-of"><b>{escape(name)}</b> <code>{escape(trigger)}</code></div>'
     if kept is not None:
-        look, verdict = ("good", "kept") if kept >= _GOOD else ("fair", "weaker") if kept >= _FAIR else ("poor", "weak")
-        line += _share(kept, look, f"{kept:.0%} {verdict}", KEPT)
+        look, verdict = (
+            ("good", say("{share} kept", share=f"{kept:.0%}")) if kept >= _GOOD
+            else ("fair", say("{share} weaker", share=f"{kept:.0%}")) if kept >= _FAIR
+            else ("poor", say("{share} weak", share=f"{kept:.0%}"))
+        )  # fmt: skip
+        line += _share(kept, look, verdict, _about_kept())
     if bled is not None:
         look = "good" if bled <= 1 - _GOOD else "fair" if bled <= 1 - _FAIR else "poor"
-        line += _share(bled, look, f"{bled:.0%} bled in", BLED)
+        line += _share(bled, look, say("{share} bled in", share=f"{bled:.0%}"), _about_bled())
     return line
 
 
@@ -145,15 +179,15 @@ def _gallery(comparison: Comparison | None) -> str:
             f"<div>{_images(row.before)}</div><div>{_images(row.after)}</div>"
             for row in rows
         )
-        head = f"<div>{escape(before)}</div><div>{escape(pictures.MERGED)}</div>"
+        head = f"<div>{escape(before)}</div><div>{escape(say('the merged LoRA'))}</div>"
         parts.append(f'<h4>{escape(title)}</h4><div class="loraclr-pictures">{head}{lines}</div>')
     return "".join(parts)
 
 
 def _galleries(comparison: Comparison) -> list[tuple[str, str, Sequence[pictures.Row]]]:
     every = [
-        ("Each concept, with the same seeds", pictures.ALONE, comparison.concepts),
-        ("Two in one picture, with the same seeds", pictures.TOGETHER, comparison.scenes),
+        (say("Each concept, with the same seeds"), say("its own LoRA"), comparison.concepts),
+        (say("Two in one picture, with the same seeds"), say("the LoRAs stacked"), comparison.scenes),
     ]
     return [part for part in every if part[2]]
 
@@ -167,27 +201,42 @@ def tables(done: Done) -> list[Table]:
     merge, found = done.merge, []
     if merge.missed:
         rows = [(name, f"{1 - closed:.1%}", f"{1 - polished:.1%}") for name, (closed, polished) in merge.missed.items()]
-        found.append(Table("Effect kept", ("LoRA", "closed form", "after the polish"), rows, f"{KEPT}."))
+        columns = ("LoRA", say("Closed form"), say("After the polish"))
+        found.append(Table(say("Effect kept"), columns, rows, f"{_about_kept()}."))
     if done.comparison and done.comparison.crosstalk:
         names = [concept.lora.name for concept in merge.concepts]
         rows = [
             (name, *("–" if math.isnan(share) else f"{share:.0%}" for share in shares))
             for name, shares in zip(names, done.comparison.crosstalk, strict=False)
         ]
-        note = "How much of the column's LoRA shows in pictures of the row's concept; stacked LoRAs have about 100 %."
-        found.append(Table("Bled in", ("concept", *names), rows, note))
+        note = say(
+            "How much of the column's LoRA shows in pictures of the row's concept; stacked LoRAs have about 100 %."
+        )
+        found.append(Table(say("Bled in"), (say("Concept"), *names), rows, note))
     counts = Counter(layer.rank or 0 for layer in merge.layers.values())
-    rows = [(str(rank) if rank else "norm layers", str(number)) for rank, number in sorted(counts.items())]
-    found.append(Table("Ranks", ("rank", "layers"), rows))
-    seconds = [(stage, f"{time:.1f} s") for stage, time in merge.seconds.items()]
-    found.append(Table("Time", ("stage", "time"), [*seconds, ("all", f"{sum(merge.seconds.values()):.1f} s")]))
-    settings = [(name.replace("_", " "), _shown(value)) for name, value in merge.recipe()["settings"].items()]
-    found.append(Table("Settings", ("setting", "value"), [("method", merge.method), *settings]))
+    rows = [(str(rank) if rank else say("Norm layers"), str(number)) for rank, number in sorted(counts.items())]
+    found.append(Table(say("Ranks"), (say("Rank"), say("Layers")), rows))
+    seconds = [(_stage(stage), f"{time:.1f} s") for stage, time in merge.seconds.items()]
+    whole = (say("Altogether"), f"{sum(merge.seconds.values()):.1f} s")
+    found.append(Table(say("Time taken"), (say("Stage"), say("Time")), [*seconds, whole]))
+    settings = [(name.replace("_", " "), shown(value)) for name, value in merge.recipe()["settings"].items()]
+    found.append(
+        Table(
+            say("Settings of the merge"),
+            (say("Setting"), say("Value")),
+            [(say("Method of merging"), merge.method), *settings],
+        )
+    )
     return found
 
 
-def _shown(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
+def _stage(name: str) -> str:
+    """A stage of a merge in words."""
+    words = {
+        "text": say("Text encoder"), "capture": say("Looking at pictures"), "solve": say("Closed form"),
+        "polish": say("Final polish"), "merge": say("Merge"),
+    }  # fmt: skip
+    return words.get(name, name)
 
 
 def _html(table: Table) -> str:
@@ -200,13 +249,17 @@ def _html(table: Table) -> str:
 def page(done: Done) -> str:
     """The report: one HTML document that needs nothing else."""
     names = ", ".join(concept.lora.name for concept in done.merge.concepts)
-    lead = f"{names} in one LoRA. Prompt: {done.merge.prompt(done.path.stem)}"
+    lead = say("{names} in one LoRA. Prompt: {prompt}", names=names, prompt=done.merge.prompt(done.path.stem))
     galleries = [
         Gallery(
             title,
-            [f"{what} · {number + 1}" for what in (before, pictures.MERGED) for number in range(len(rows[0].before))],
+            [
+                f"{what} · {number + 1}"
+                for what in (before, say("the merged LoRA"))
+                for number in range(len(rows[0].before))
+            ],
             [(row.label, row.prompt, [Shot(p) for p in (*row.before, *row.after)]) for row in rows],
-            "The same seed has the same number.",
+            say("The same seed has the same number."),
         )
         for title, before, rows in (_galleries(done.comparison) if done.comparison else [])
     ]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
-from modules.ui_components import FormRow, ToolButton
 
-from loraclr.webui import card, job, library
+from loraclr import blocks
+from loraclr.keys import Family
+from loraclr.webui import card, job, labels, library
 from loraclr.webui.card import Card
+from loraclr.webui.components import FormRow, ToolButton, script
+from loraclr.webui.language import say
 from loraclr.webui.settings import lines_of
+from loraclr.webui.surroundings import here
 
 MOST = 32  # rows of the form: gradio 3 cannot add components to a page
 KINDS = ("Subject", "Style")
 #: What a row asks for, and its value if nothing is known.
 FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
+#: Those in which numbers are written as words, which may make no sense.
+CHECKED = ("text_weight", "blocks")
 
 HEADING = (
     '<div class="loraclr-columns"><span>LoRA</span><span>Trigger words</span><span>Weight</span>'
@@ -26,6 +34,11 @@ HEADING = (
 )
 EMPTY = "<p>Choose two or more LoRAs. Each keeps its own trigger words, and all of them share one file.</p>"
 NOTHING = "<p>There is no LoRA yet. Put some into this folder, then press the refresh button:</p><code>{folder}</code>"
+NONE = (
+    "<p>There is no checkpoint yet. "
+    "Put one into this folder, then press the refresh button at the top of the page and choose it:</p>"
+    "<code>{folder}</code>"
+)
 OTHER = (
     "<p>The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL; choose one of these at the top of the page first.</p>"
 )
@@ -37,20 +50,25 @@ class Rows:
     def __init__(self) -> None:
         with FormRow(elem_id="loraclr_choice"):
             self.chosen = gr.Dropdown(
-                library.names(),
+                library.listed(library.loaded_family(), hidden=False),
                 value=[],
                 multiselect=True,
                 label="LoRAs to merge",
-                info="Type to search.",
+                info="Type to search by name, folder or trigger words.",
                 elem_id="loraclr_loras",
             )
             self.refresh = ToolButton(
                 "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
             )
         with gr.Row(elem_id="loraclr_choosing"):
-            self.taken = gr.Button("Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take")
+            self.taken = gr.Button(
+                "Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take", visible=here().txt2img
+            )
             self.every = gr.Checkbox(
                 False, label="LoRAs for other model families too", elem_id="loraclr_every", container=False
+            )
+            self.hidden = gr.Checkbox(
+                False, label="LoRAs in hidden folders too", elem_id="loraclr_hidden", container=False
             )
             self.more = gr.Checkbox(
                 False, label="Show block weights and prompts", elem_id="loraclr_more", container=False
@@ -77,10 +95,15 @@ class Rows:
         return [component for column in self.columns.values() for component in column]
 
     @property
+    def checked(self) -> list[Any]:
+        """The fields in which a row can be wrong, as `_facts` takes their values."""
+        return [component for field in CHECKED for component in self.columns[field]]
+
+    @property
     def seeing(self) -> dict[str, Any]:
         """What an event needs that calls `seen`."""
         return {
-            "inputs": [self.chosen, self.every],
+            "inputs": [self.chosen, self.every, self.hidden, *self.checked],
             "outputs": [self.chosen, self.heading, *self.facts],
             "show_progress": False,
         }
@@ -94,16 +117,23 @@ class Rows:
         self.chosen.change(
             fn=arrange, inputs=[self.chosen, self.shown, *self.fields], outputs=self.arranged, show_progress=False
         )
-        for happens, fn in ((self.refresh.click, refreshed), (self.every.change, seen), (self.look.click, seen)):
-            happens(fn, **self.seeing)
+        for happens in (self.every.change, self.hidden.change, self.look.click):
+            happens(seen, **self.seeing)
+        self.refresh.click(refreshed, **self.seeing)
+        for place, facts in enumerate(self.facts):
+            written = [self.columns[field][place] for field in CHECKED]
+            for component in written:
+                component.input(
+                    partial(checked, place), [self.chosen, *written], [facts], show_progress=False, queue=False
+                )
         self.taken.click(
             fn=take,
-            _js="loraclrTake",
+            **script("loraclrTake"),
             inputs=[self.elsewhere, self.chosen, self.shown, *self.fields],
             outputs=[self.chosen, *self.arranged],
             show_progress=False,
         )
-        self.more.change(fn=None, _js="loraclrMore", inputs=[self.more], outputs=[])
+        self.more.change(fn=None, inputs=[self.more], outputs=[], **script("loraclrMore"))
 
     def _add_row(self, place: int) -> None:
         number = place + 1
@@ -125,11 +155,11 @@ class Rows:
                 ),
             }  # fmt: skip
             with gr.Row(elem_classes=["loraclr-moves"]):
-                for sign, what, script in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
+                for sign, what, move in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
                     button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}", tooltip=f"{what} this LoRA")
                     button.click(
-                        fn=None, _js=f"(chosen) => {script}(chosen, {place})", inputs=[self.chosen],
-                        outputs=[self.chosen],
+                        fn=None, inputs=[self.chosen], outputs=[self.chosen],
+                        **script(f"(chosen) => {move}(chosen, {place})"),
                     )  # fmt: skip
             self.facts.append(gr.HTML(elem_id=f"loraclr_facts_{number}", elem_classes=["loraclr-facts"]))
             made["blocks"] = _text(
@@ -153,22 +183,30 @@ def _text(label: str, elem_id: str, placeholder: str, look: str = "", lines: int
     )  # fmt: skip
 
 
-def seen(chosen: list[str], every: bool) -> list[Any]:
+def seen(chosen: list[str], every: bool, hidden: bool, *written: str) -> list[Any]:
     """What there is to choose from, and what is chosen, as files and checkpoint are now."""
-    names = library.names(None if every else library.loaded_family())
-    return [gr.update(choices=names), HEADING if chosen else _invitation(), *_facts(chosen or [])]
+    choices = library.listed(None if every else library.loaded_family(), hidden)
+    labelled = library.labelled(chosen or [])
+    # A value is sent only if notes have changed: it would make the page ask for all rows again.
+    update = gr.update(choices=choices) if labelled == chosen else gr.update(choices=choices, value=labelled)
+    names = _names(chosen)
+    return [update, HEADING if chosen else _invitation(), *_facts(names, _columns(written, CHECKED))]
 
 
-def refreshed(chosen: list[str], every: bool) -> list[Any]:
+def refreshed(*asked: Any) -> list[Any]:
     """The same, after another look into the folder."""
     library.refresh()
-    return seen(chosen, every)
+    return seen(*asked)
+
+
+def checked(place: int, chosen: list[str], *written: str) -> str:
+    """What a row says of its LoRA while something is being written into it."""
+    return _fact(_names(chosen)[place], library.loaded_family(), *written)
 
 
 def arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
     """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote."""
-    chosen = (chosen or [])[:MOST]
-    return arranged(chosen, dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
+    return arranged(_names(chosen), dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
 
 
 def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
@@ -177,41 +215,56 @@ def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list
     there = set(library.names())
     named = {name: weights for name, weights in library.named_in(prompt or "").items() if name in there}
     if not named:
-        gr.Warning("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>.")
-        return [chosen, *arranged((chosen or [])[:MOST], known)]
+        gr.Warning(say("The txt2img prompt names no LoRA that is here; its tags look like <lora:name:1>."))
+        return [chosen, *arranged(_names(chosen), known)]
     lines = {}
     for name, (weight, text_weight) in named.items():
         trigger, _, _, *rest = known.get(name) or _guess(name)
         lines[name] = (trigger, weight, "" if text_weight is None else f"{text_weight:g}", *rest)
-    return [list(named), *arranged(list(named)[:MOST], lines)]
+    return filled(lines)
+
+
+def filled(lines: dict[str, Sequence[Any]]) -> list[Any]:
+    """The choice of these LoRAs, by name, and rows with these fields."""
+    return [library.labelled(list(lines)), *arranged(list(lines), lines)]
 
 
 def arranged(chosen: list[str], known: dict[str, Sequence[Any]]) -> list[Any]:
-    """The rows of what is chosen: its own fields where they are known, else what the files tell."""
+    """The rows of what is chosen, by name: its own fields where they are known, else what the files tell."""
+    chosen = chosen[:MOST]
     lines = [known.get(name) or _guess(name) for name in chosen]
     lines += [tuple(FIELDS.values())] * (MOST - len(chosen))
+    columns = dict(zip(FIELDS, zip(*lines, strict=True), strict=True))
     return [
         chosen,
         HEADING if chosen else _invitation(),
         *(gr.update(visible=place < len(chosen)) for place in range(MOST)),
         *(_title(name) for name in chosen),
         *[""] * (MOST - len(chosen)),
-        *_facts(chosen),
-        *(value for column in zip(*lines, strict=True) for value in column),
+        *_facts(chosen, [columns[field] for field in CHECKED]),
+        *(value for column in columns.values() for value in column),
     ]
 
 
 def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
     """What the rows ask for. Raises ValueError, one sentence that names the LoRA."""
+    chosen = [labels.name_of(label) for label in chosen]
     if len(chosen) > MOST:
-        raise ValueError(f"{len(chosen)} LoRAs are chosen; the tab merges up to {MOST} at a time.")
+        raise ValueError(
+            say("{count} LoRAs are chosen; the tab merges up to {most} at a time.", count=len(chosen), most=MOST)
+        )
     rows = []
     for name, *values in zip(chosen, *_columns(fields), strict=False):
         row = dict(zip(FIELDS, values, strict=True))
         try:
-            text_weight = float(row["text_weight"]) if str(row["text_weight"] or "").strip() else None
+            text_weight = _number(row["text_weight"])
         except ValueError as error:
-            raise ValueError(f'{name} has text encoder weight "{row["text_weight"]}": give it a number.') from error
+            raise ValueError(
+                say(
+                    '{name} has text encoder weight "{weight}": give it a number.',
+                    name=name, weight=row["text_weight"],
+                )
+            ) from error  # fmt: skip
         looked = lines_of(row["prompts"])
         kind, weights = row["kind"].lower(), row["blocks"] or ""
         rows.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
@@ -226,9 +279,14 @@ def card_of(name: str) -> Card:
         return Card(None, str(error), "", 0.0, None)
 
 
-def _columns(fields: Sequence[Any]) -> list[Sequence[Any]]:
+def _names(chosen: list[str] | None) -> list[str]:
+    """The LoRAs that have a row, by name."""
+    return [labels.name_of(label) for label in chosen or []][:MOST]
+
+
+def _columns(values: Sequence[Any], fields: Collection[str] = FIELDS) -> list[Sequence[Any]]:
     """The values of each field for all rows."""
-    return [fields[MOST * place : MOST * (place + 1)] for place in range(len(FIELDS))]
+    return [values[MOST * place : MOST * (place + 1)] for place in range(len(fields))]
 
 
 def _guess(name: str) -> tuple[Any, ...]:
@@ -239,6 +297,9 @@ def _guess(name: str) -> tuple[Any, ...]:
 
 
 def _invitation() -> str:
+    """What to do first, where nothing is chosen."""
+    if missing := library.missing_checkpoint():
+        return NONE.format(folder=escape(missing))
     if library.loaded_name() and library.loaded_family() is None:
         return OTHER
     return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
@@ -256,16 +317,43 @@ def _picture(file: Path | None) -> str:
     return f'<img src="{escape(address)}" alt="">'
 
 
-def _facts(chosen: Sequence[str]) -> list[str]:
+def _facts(chosen: Sequence[str], written: Sequence[Sequence[str]]) -> list[str]:
     """For every row what the LoRA is, and what is wrong with it."""
     loaded = library.loaded_family()
-    lines = []
-    for name in chosen[:MOST]:
-        found = card_of(name)
-        wrong = found.wrong(loaded)
-        lines.append(
-            f"<small>{escape(found.facts)}</small>"
-            + (f'<small class="loraclr-wrong">{escape(wrong)}</small>' if wrong else "")
-            + (f'<small class="loraclr-noted">{escape(found.noted)}</small>' if found.noted else "")
-        )
+    lines = [_fact(name, loaded, *line) for name, *line in zip(chosen, *written, strict=False)]
     return lines + [""] * (MOST - len(lines))
+
+
+def _fact(name: str, loaded: Family | None, text_weight: str, weights: str) -> str:
+    found = card_of(name)
+    told = [("", " · ".join(filter(None, (library.folder_of(name), found.facts))))]
+    for wrong in (found.wrong(loaded), _not_a_number(text_weight), _no_block_weights(weights, found)):
+        told.append(("loraclr-wrong", wrong))
+    told.append(("loraclr-noted", found.noted))
+    return "".join(f'<small class="{look}">{escape(sentence)}</small>' for look, sentence in told if sentence)
+
+
+def _not_a_number(text_weight: str) -> str:
+    try:
+        _number(text_weight)
+    except ValueError:
+        return say('The text encoder weight "{weight}" is no number.', weight=text_weight)
+    return ""
+
+
+def _number(text_weight: Any) -> float | None:
+    """A text encoder's weight as it is written; None for an empty field. Raises ValueError."""
+    number = float(text_weight) if str(text_weight or "").strip() else None
+    if number is not None and not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _no_block_weights(weights: str, found: Card) -> str:
+    """Why the block weights make no sense for a LoRA, "" if they do."""
+    if found.lora is not None and (weights or "").strip():
+        try:
+            blocks.block_weights(weights, found.lora.family)
+        except ValueError as error:
+            return f"{str(error)[:1].upper()}{str(error)[1:]}"
+    return ""

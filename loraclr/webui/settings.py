@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
-from modules.ui_components import FormRow
 
 from loraclr import prompts
 from loraclr.factor import Rank
 from loraclr.merging import Settings
 from loraclr.methods import METHODS
+from loraclr.webui.components import FormRow
+from loraclr.webui.language import say
 
 SPEEDS = ("Fast", "Balanced", "Best")
 RANKS = ("exact", "auto", "4", "8", "16", "32", "64", "128", "256")
@@ -136,12 +137,12 @@ def read(
 ) -> dict[str, Any]:
     """What `job.Order` takes of the form. Raises ValueError, one sentence."""
     if ridge is None or ridge <= 0:
-        raise ValueError("The ridge λ must be a number above 0, 0.001 for example.")
+        raise ValueError(say("The ridge λ must be a number above 0, 0.001 for example."))
     if method not in METHODS:
         raise ValueError(f"There is no method {method}.")
     lines = lines_of(kept)
     if not lines:
-        raise ValueError("There are no prompts to keep as they are: write one a line under Advanced.")
+        raise ValueError(say("There are no prompts to keep as they are: write one a line under Advanced."))
     settings = Settings(
         speed="closed" if closed else speed.lower(),
         rank=rank_of(rank),
@@ -182,7 +183,9 @@ def rank_of(chosen: Any) -> Rank:
     if word in ("exact", "auto"):
         return None if word == "exact" else "auto"
     if not word.isdecimal() or int(word) < 1:
-        raise ValueError(f'The largest rank is "{chosen}": choose exact, auto or a whole number above 0.')
+        raise ValueError(
+            say('The largest rank is "{rank}": choose exact, auto or a whole number above 0.', rank=chosen)
+        )
     return int(word)
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 import torch
-from modules import errors, progress
-from modules.call_queue import wrap_gradio_gpu_call
-from modules.ui_components import FormRow
 
 from loraclr.merging import Cancelled
-from loraclr.webui import card, history, job, results, rows, settings, target
+from loraclr.webui import card, history, job, labels, results, rows, settings, target
+from loraclr.webui.components import FormRow, script
+from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 
 def build() -> gr.Blocks:
@@ -37,18 +37,23 @@ def build() -> gr.Blocks:
         restore = gr.Button("…", elem_id="loraclr_restore", elem_classes=["loraclr-unseen"])
 
         start.click(
-            fn=wrap_gradio_gpu_call(_merge, extra_outputs=results.unfilled()),
-            _js="loraclrMerge",
+            fn=here().queued(_merge, results.unfilled()),
+            **script("loraclrMerge"),
             inputs=[task, name, replace, *form.fields, chosen.chosen, *chosen.fields],
             outputs=panel.outputs,
             show_progress=False,
         ).then(rows.seen, **chosen.seeing)
         stop.click(
-            fn=job.interrupt, _js="loraclrInterrupt", inputs=[task], outputs=[], show_progress=False, queue=False
+            fn=job.interrupt,
+            **script("loraclrInterrupt"),
+            inputs=[task],
+            outputs=[],
+            show_progress=False,
+            queue=False,
         )
         restore.click(
             fn=_restored,
-            _js="loraclrRestore",
+            **script("loraclrRestore"),
             inputs=[task],
             outputs=panel.outputs,
             show_progress=False,
@@ -77,16 +82,18 @@ def _output() -> tuple[Any, Any, Any]:
 
 def _note(name: str, replace: bool, rank: Any, chosen: list[str]) -> str:
     """What will be written, or why it cannot be."""
+    chosen = [labels.name_of(label) for label in chosen or []]
     try:
-        path = target.path_for(name or "", chosen or [], replace)
+        path = target.path_for(name or "", chosen, replace)
         limit = settings.rank_of(rank)
     except ValueError as error:
         return f'<small class="loraclr-wrong">{escape(str(error))}</small>'
     if not chosen:
         return ""
     size = card.megabytes([rows.card_of(lora) for lora in chosen], limit if isinstance(limit, int) else None)
-    about = "at most" if limit == "auto" else "about"
-    return f"<small>{escape(path.name)}, {about} {size:.1f} MB</small>"
+    about = {"file": path.name, "size": f"{size:.1f}"}
+    told = say("{file}, at most {size} MB", **about) if limit == "auto" else say("{file}, about {size} MB", **about)
+    return f"<small>{escape(told)}</small>"
 
 
 def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
@@ -97,10 +104,10 @@ def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
         order = job.Order(rows.read(chosen, *fields), name, replace, **settings.read(*asked))
         done = job.run(task, order)
     except Cancelled:
-        return _failed("The merge was interrupted; no file was written.", "loraclr-note")
+        return _failed(say("The merge was interrupted; no file was written."), "loraclr-note")
     except torch.cuda.OutOfMemoryError:
-        errors.report("LoRACLR Merge ran out of memory", exc_info=True)
-        return _failed("The graphics card ran out of memory; choose a smaller picture size under Advanced.")
+        here().log("LoRACLR Merge ran out of memory")
+        return _failed(say("The graphics card ran out of memory; choose a smaller picture size under Advanced."))
     except (ValueError, OSError) as error:
         return _failed(str(error))
     return results.filled(done)
@@ -108,9 +115,9 @@ def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
 
 def _restored(task: str) -> list[Any]:
     """What a job has returned whose page was reloaded or closed, once it has ended."""
-    while task == progress.current_task or task in progress.pending_tasks:
+    while here().runs(task) or here().waits(task):
         time.sleep(0.2)
-    found = dict(progress.recorded_results).get(task)
+    found = here().outcome(task)
     return [gr.update()] * (len(results.unfilled()) + 1) if found is None else list(found)
 
 

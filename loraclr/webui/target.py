@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import networks  # the webui's own LoRA extension
-
 from loraclr.webui import library
+from loraclr.webui.language import say
+from loraclr.webui.surroundings import here
 
 # Refused on some system, or by the webui's <lora:NAME:1>.
 _UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
@@ -29,26 +29,32 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
     unusable = sorted(set(_UNUSABLE.findall(name)))
     if unusable:
         shown = " ".join(char if char.isprintable() else repr(char) for char in unusable)
-        raise ValueError(f"The name must not contain {shown}; choose another one.")
+        raise ValueError(say("The name must not contain {signs}; choose another one.", signs=shown))
     if name.startswith(".") or name.endswith((".", " ")) or _DEVICES.fullmatch(name):
-        raise ValueError(f'"{name}" cannot be used as a file name; choose another one.')
+        raise ValueError(say('"{name}" cannot be used as a file name; choose another one.', name=name))
     if len(name) > _LONGEST:
-        raise ValueError(f"The name is {len(name)} characters long; use at most {_LONGEST}.")
+        raise ValueError(
+            say("The name is {count} characters long; use at most {most}.", count=len(name), most=_LONGEST)
+        )
     path = folder / f"{name}.safetensors"
     if name in sources:
-        raise ValueError(f"{name} is one of the LoRAs to merge; choose another name for the result.")
+        raise ValueError(say("{name} is one of the LoRAs to merge; choose another name for the result.", name=name))
     if path.exists() and not replace:
-        raise ValueError(f'{path.name} exists already; choose another name, or tick "Replace an existing file".')
-    listed = networks.available_networks.get(name)
-    if listed is not None and Path(listed.filename).resolve() != path.resolve():
-        raise ValueError(f"The webui already lists another LoRA as {name} ({listed.filename}); choose another name.")
+        raise ValueError(
+            say('{file} exists already; choose another name, or tick "Replace an existing file".', file=path.name)
+        )
+    listed = here().found(name)
+    if listed is not None and listed.path.resolve() != path.resolve():
+        raise ValueError(
+            say("Another LoRA is already listed as {name} ({file}); choose another name.", name=name, file=listed.path)
+        )
     return path
 
 
 def _made_up(sources: Sequence[str]) -> str:
     """A free name, after the LoRAs that are merged."""
     base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
-    taken = {name.casefold() for name in networks.available_networks}
+    taken = {entry.name.casefold() for entry in here().listed()}
     number, name = 1, base
     while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
         number += 1

@@ -30,17 +30,31 @@ CHROMIUM = [
 @pytest.fixture(scope="session")
 def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
     """A webui with the extension, the miniature and its LoRAs."""
+    yield from started(tmp_path_factory.mktemp("webui"))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
+    """Another one, whose API and page ask for users and passwords."""
+    yield from started(
+        tmp_path_factory.mktemp("guarded"), "--api-auth", "someone:secret,other:word", "--gradio-auth", "page:pass"
+    )
+
+
+def started(data: Path, *more: str) -> Iterator[Webui]:
+    """A webui with this data folder, which is filled first, and these flags."""
     if not os.environ.get("WEBUI_DIR"):
         pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
     checkout = Path(os.environ["WEBUI_DIR"]).resolve()
     from miniature import checkpoint
 
-    data = tmp_path_factory.mktemp("webui")
     (data / "extensions").mkdir()
     (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
     checkpoint.install(data / "models" / "Stable-diffusion")
     checkpoint.install_loras(data / "models" / "Lora")
-    running = Webui(checkout, os.environ.get("WEBUI_PYTHON", sys.executable), data)
+    running = Webui(checkout, os.environ.get("WEBUI_PYTHON", sys.executable), data, more)
+    if "--api-auth" in more:
+        running.api_auth = more[more.index("--api-auth") + 1].split(",")[0]
     try:
         running.wait()
         yield running
@@ -64,7 +78,7 @@ def tab(webui: Webui, chromium: Any) -> Iterator[Tab]:
     """The LoRACLR Merge tab in a fresh page."""
     opened = Tab(webui, chromium)
     yield opened
-    opened.page.close()
+    opened.browser.close()
     assert not opened.errors
 
 

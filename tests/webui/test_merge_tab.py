@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -95,8 +98,11 @@ def test_send_to_txt2img(tab: Tab) -> None:
 
 
 def test_interrupt(webui: Webui, tab: Tab) -> None:
-    """Interrupt ends the job soon, leaves no file and the model as it was."""
+    """Interrupt ends the job within two seconds, leaves no file and the model as it was."""
     before, files = webui.draw(*PLAIN), webui.files()
+    begin = time.monotonic()
+    webui.draw(*PLAIN, steps=1)
+    slack = 3 * (time.monotonic() - begin)  # of a machine that does something else, too
     tab.choose(TIGER.name, PANDA.name)
     tab.name("never")
     tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
@@ -104,6 +110,9 @@ def test_interrupt(webui: Webui, tab: Tab) -> None:
         tab.start()
         tab.page.wait_for_timeout(wait)
         tab.page.locator("#loraclr_interrupt").click()
+        begin = time.monotonic()
+        tab.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=60_000)
+        assert time.monotonic() - begin < 2 + slack
         assert "interrupted" in tab.finish(60)
         assert webui.files() == files
         assert webui.draw(*PLAIN).tobytes() == before.tobytes()
@@ -122,6 +131,67 @@ def test_a_reloaded_page_still_follows_the_merge(webui: Webui, tab: Tab) -> None
     tab.page.locator("#loraclr_interrupt").click()
     tab.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=60_000)
     assert webui.files() == files
+
+
+def test_a_second_page_shows_the_merge_and_can_end_it(webui: Webui, tab: Tab) -> None:
+    """The same browser, another of its tabs; the first one hears of the end, too."""
+    files, first = webui.files(), tab.page
+    tab.choose(TIGER.name, PANDA.name)
+    tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
+    tab.start()
+    second = tab.another()
+    second.locator("#loraclr_results .progressDiv").get_by_text("%").wait_for()
+    second.locator("#loraclr_interrupt").click()
+    for page in (second, first):
+        page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=60_000)
+        page.locator("#loraclr_result.prose").get_by_text("interrupted").wait_for()
+    assert webui.files() == files
+
+
+def test_a_closed_page_does_not_end_the_merge(webui: Webui, tab: Tab) -> None:
+    """It goes on; whoever comes back finds the result, and nothing is still said to run."""
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("closed page")
+    tab.start()
+    tab.page.close()
+    for _ in range(900):
+        if (webui.loras / "closed page.preview.png").exists():
+            break
+        time.sleep(1)
+    tab.another()
+    assert "closed page is ready" in tab.finish()
+    assert tab.prompt.startswith("<lora:closed page:1> ")
+
+
+def test_others_wait_for_the_merge(webui: Webui, tab: Tab) -> None:
+    """A picture that is asked for meanwhile waits in the queue, is drawn afterwards, and is the one it always is."""
+    before = webui.draw(*PLAIN)
+    tab.hurry()
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("first come")
+    with ThreadPoolExecutor() as pool:
+        tab.start()
+        asked = pool.submit(webui.draw, *PLAIN)
+        assert "first come is ready" in tab.finish()
+        assert asked.result().tobytes() == before.tobytes()
+
+
+def test_the_bar_does_not_jump_back(tab: Tab) -> None:
+    """Not at the pictures of two, nor where the merge ends and the drawing begins; and it gets near the end."""
+    tab.hurry(closed=False)
+    tab.choose(TIGER.name, PANDA.name)
+    tab.name("steady")
+    tab.start()
+    seen = []
+    while tab.page.locator("#loraclr_buttons.running").count():
+        text = tab.page.evaluate("() => document.querySelector('#loraclr_results .progressDiv')?.textContent ?? ''")
+        if told := re.search(r"(\d+)%", text):
+            seen.append((int(told[1]), text))
+        tab.page.wait_for_timeout(200)
+    shares = [share for share, _ in seen]
+    assert shares == sorted(shares), seen
+    assert shares[-1] >= 50
 
 
 def test_names_and_choices_that_cannot_be(webui: Webui, tab: Tab) -> None:
@@ -189,6 +259,11 @@ def test_replacing_a_lora_in_use(webui: Webui, tab: Tab) -> None:
     assert "3 LoRAs in one" in tab.merge()
     new = webui.draw(prompt)
     assert new.tobytes() != old.tobytes()
+    notes = json.loads((webui.loras / "again.json").read_text())
+    assert notes["activation text"].endswith(frog.trigger), "nobody has edited the first merge's notes"
+    (webui.loras / "again.json").write_text(json.dumps({**notes, "activation text": "mine"}))
+    assert "again.json holds notes of yours" in tab.merge()
+    assert json.loads((webui.loras / "again.json").read_text())["activation text"] == "mine"
     (webui.loras / "fresh.safetensors").write_bytes((webui.loras / "again.safetensors").read_bytes())
     webui.ask("/sdapi/v1/refresh-loras", {})
     assert webui.draw(prompt.replace("again", "fresh")).tobytes() == new.tobytes()
@@ -238,26 +313,82 @@ def test_reload_ui(webui: Webui, tab: Tab) -> None:
     assert "reloaded is ready" in tab.merge()
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280, 1920])
-def test_screenshots(webui: Webui, chromium: Any, shots: Path, theme: str, width: int) -> None:
-    """Nothing sticks out sideways; the pictures are for a person."""
-    tab = Tab(webui, chromium, theme, width)
-    tab.choose(TIGER.name, PANDA.name, "outline")
-    tab.page.wait_for_timeout(700)
-    tab.page.screenshot(path=shots / f"tab_{width}_{theme}.png")
-    tab.page.locator("#loraclr_advanced > .label-wrap").click()
-    tab.page.wait_for_timeout(300)
-    tab.page.screenshot(path=shots / f"tab_{width}_{theme}_advanced.png", full_page=True)
-    # On a phone the webui's own tabs are wider than the window.
-    assert width < 1280 or tab.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+def shoot(tab: Tab, shots: Path, what: str) -> None:
+    """Pictures for a person, in both themes, on a phone and on two screens; nothing may stick out sideways."""
     beyond = """() => {
         const edge = document.getElementById("tab_loraclr").getBoundingClientRect().right + 1;
-        const parts = [...document.querySelectorAll("#loraclr_form .loraclr-concept *")];
-        return parts.filter(part => part.offsetParent && part.getBoundingClientRect().right > edge).length;
+        const parts = [...document.querySelectorAll("#loraclr_form *, #loraclr_side *")];
+        const out = part => part.offsetParent && part.getBoundingClientRect().right > edge;
+        return parts.filter(out).map(part => part.id || part.className).slice(0, 5);
     }"""
-    assert tab.page.evaluate(beyond) == 0
-    tab.page.close()
+    for width, height in ((1280, 900), (1920, 1080), (390, 844)):
+        tab.page.set_viewport_size({"width": width, "height": height})
+        for theme in ("light", "dark"):
+            tab.page.evaluate(f"() => document.body.classList.toggle('dark', {json.dumps(theme == 'dark')})")
+            tab.page.wait_for_timeout(300)
+            tab.page.screenshot(path=shots / f"{what}_{width}_{theme}.png", full_page=True)
+        # On a phone the webui's own tabs are wider than the window.
+        assert width < 1280 or tab.page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+        assert tab.page.evaluate(beyond) == []
+
+
+def test_screenshots(webui: Webui, tab: Tab, shots: Path) -> None:
+    """The empty tab, filled rows, everything unfolded, a running merge, and a finished one with its figures."""
+    tiger = webui.loras / f"{TIGER.name}.preview.png"
+    webui.draw(f"<lora:{TIGER.name}:1> a {TIGER.trigger}").save(tiger)
+    shoot(tab, shots, "empty")
+    tab.choose(TIGER.name, PANDA.name, "outline")
+    tab.settle()
+    picture = tab.page.locator("#loraclr_concept_name_1 img")
+    assert picture.evaluate("part => part.complete && part.naturalWidth > 0"), "the preview is shown in its row"
+    shoot(tab, shots, "rows")
+    tab.page.locator("#loraclr_more input").check()
+    tab.page.locator("#loraclr_advanced > .label-wrap").click()
+    tab.page.locator("#loraclr_blocks_2 input").fill("1, 2")
+    tab.settle()
+    shoot(tab, shots, "unfolded")
+    tab.page.locator("#loraclr_blocks_2 input").fill("")
+    tab.page.locator("#loraclr_more input").uncheck()
+    tab.page.locator("#loraclr_advanced > .label-wrap").click()
+    tab.page.locator("#loraclr_remove_3").click()
+    tab.hurry(closed=False)
+    tab.page.locator("#loraclr_advanced > .label-wrap").click()
+    tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
+    tab.name("shown")
+    tab.start()
+    tab.page.locator("#loraclr_results .livePreview img").first.wait_for(timeout=600_000)
+    shoot(tab, shots, "running")
+    tab.page.locator("#loraclr_interrupt").click()
+    assert "interrupted" in tab.finish(300)
+    tab.page.locator("#loraclr_closed input").evaluate("part => part.click()")
+    assert "shown is ready" in tab.merge(1800)
+    tab.page.locator("#loraclr_details > .label-wrap").click()
+    tab.page.wait_for_timeout(500)
+    shoot(tab, shots, "done")
+    tab.page.locator("#loraclr_loras input").click()
+    tab.page.locator("#loraclr_loras input").fill("o")
+    tab.page.wait_for_timeout(500)
+    tab.page.screenshot(path=shots / "list.png")
+    tiger.unlink()
+
+
+def test_in_another_language(webui: Webui, tab: Tab) -> None:
+    """Sentences with names and figures in them are translated, too: of the result, and of what is wrong."""
+    webui.ask("/sdapi/v1/options", {"localization": "de_DE"})
+    try:
+        tab.hurry()
+        tab.choose(TIGER.name)
+        assert "Zwei oder mehr LoRAs zum Zusammenführen wählen." in tab.merge()
+        tab.choose(PANDA.name)
+        tab.name("auf Deutsch")
+        said = tab.merge()
+        assert "auf Deutsch ist fertig: 2 LoRAs in einem, R" in said
+        assert "das gemeinsame LoRA" in said
+        assert " erhalten" in said or ", schwa" in said
+        tab.page.locator("#loraclr_details > .label-wrap").click()
+        assert "Erhaltene Wirkung" in tab.page.locator("#loraclr_figures.prose").inner_text()
+    finally:
+        webui.ask("/sdapi/v1/options", {"localization": "None"})
 
 
 def test_ids_and_labels_are_unique(webui: Webui, tab: Tab) -> None:

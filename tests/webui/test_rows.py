@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ TIGER, PANDA = CONCEPT["tiger"], CONCEPT["panda"]
 def add(webui: Webui, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
     """A LoRA file more, which the webui is told of."""
     path = webui.loras / f"{name}.safetensors"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata)
     webui.ask("/sdapi/v1/refresh-loras", {})
     return path
@@ -61,7 +62,7 @@ def test_what_it_is_and_what_is_wrong(webui: Webui, tab: Tab) -> None:
 def test_only_the_loaded_family_unless_asked(webui: Webui, tab: Tab) -> None:
     """A LoRA that the webui knows to be of SDXL is listed on wish."""
     path = add(webui, "an xl", xl(), {"ss_base_model_version": "sdxl_base_v1-0"})
-    listed = tab.page.locator('#loraclr_loras ul.options li[aria-label="an xl"]')
+    listed = tab.listed("an xl")
     try:
         for asked in (False, True):
             tab.page.locator("#loraclr_every input").set_checked(asked)
@@ -75,6 +76,49 @@ def test_only_the_loaded_family_unless_asked(webui: Webui, tab: Tab) -> None:
             tab.page.keyboard.press("Escape")
     finally:
         remove(webui, path)
+
+
+def test_two_thousand_found_by_name_folder_and_words(webui: Webui, tab: Tab) -> None:
+    """Each way of searching finds the right ones of many; what is hidden is listed on wish, and can be merged."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    some = {
+        f"{stem}.lora_up.weight": torch.ones(32, 1), f"{stem}.lora_down.weight": torch.ones(1, 64),
+        f"{stem}.alpha": torch.tensor(1.0),
+    }  # fmt: skip
+    folders = [webui.loras / f"shelf {number:02}" for number in range(19)] + [webui.loras / ".attic"]
+    for number in range(2000):
+        folder = folders[number % len(folders)]
+        folder.mkdir(exist_ok=True)
+        metadata = {"ss_v2": "False", "modelspec.trigger_phrase": f"word{number:04} cat"}
+        save_file(some, folder / f"piece {number:04}.safetensors", metadata)
+    options = tab.page.locator("#loraclr_loras ul.options li")
+
+    def search(text: str, hits: int) -> None:
+        """Type, and type again as long as the list of a slow server is not there yet."""
+        for _ in range(60):
+            tab.page.locator("#loraclr_loras input").fill("")
+            tab.page.locator("#loraclr_loras input").press_sequentially(text)
+            tab.page.wait_for_timeout(500)
+            if options.count() == hits:
+                return
+        raise AssertionError(f"{text}: {options.count()} of {hits}")
+
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        for text, hits in (("piece 0123", 1), ("WORD1001", 1), ("shelf 07", 100), ("word0019", 0), (".attic", 0)):
+            search(text, hits)
+        tab.page.locator("#loraclr_hidden input").check()
+        search("word0019", 1)
+        options.first.click()
+        tab.page.locator("#loraclr_concept_1").wait_for()
+        tab.settle()
+        assert tab.names() == ["piece 0019"]
+        assert tab.trigger(1).input_value() == "word0019 cat"
+        assert "/.attic" in tab.facts(1)
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+        webui.ask("/sdapi/v1/refresh-loras", {})
 
 
 def test_order_and_removal(tab: Tab) -> None:
@@ -138,11 +182,54 @@ def test_weights_reach_the_file_and_come_back(webui: Webui, tab: Tab) -> None:
     assert tab.page.locator("#loraclr_closed input").is_checked()
 
 
-def test_block_weights_that_make_no_sense(tab: Tab) -> None:
-    """One sentence that names the LoRA."""
+def test_two_earlier_merges_side_by_side(webui: Webui, tab: Tab) -> None:
+    """What differs is marked: a LoRA that one lacks, its words and weight, the method; what is the same is not."""
+    for name, others, method in (("first of two", [PANDA.name], "svd"), ("second of two", ["rocket"], "sum")):
+        loras = [{"name": TIGER.name}, *({"name": other, "weight": 0.5} for other in others)]
+        order = {"loras": loras, "name": name, "method": method, "draw": False}
+        job = webui.ask("/loraclr/v1/merge", order)["job"]
+        for _ in range(600):
+            if (state := webui.ask(f"/loraclr/v1/jobs/{job}")["state"]) not in ("queued", "running"):
+                break
+            tab.page.wait_for_timeout(500)
+        assert state == "done"
+    tab.page.locator("#loraclr_look").dispatch_event("click")
+    tab.settle()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    for field, name in (("merged", "first of two"), ("other", "second of two")):
+        tab.page.locator(f"#loraclr_{field} input").click()
+        tab.page.locator(f'#loraclr_{field} ul.options li[aria-label="{name}"]').click()
+        tab.settle()
+    lines = tab.page.locator("#loraclr_merged_about tr").all()
+    told = {line.locator("th").first.inner_text().strip(): line for line in lines[1:]}
+    assert lines[0].locator("th").all_inner_texts() == ["", "first of two", "second of two"]
+    assert told[f"{PANDA.name}.safetensors"].locator("td").all_inner_texts() == ["Part of it", "–"]
+    assert told["Method of merging"].locator("td").all_inner_texts() == ["svd", "sum"]
+    differs = {title for title, line in told.items() if line.get_attribute("class") == "loraclr-differs"}
+    assert {"Method of merging", f"{PANDA.name}.safetensors", "rocket.safetensors"} <= differs
+    assert f"{TIGER.name}.safetensors" not in differs
+
+
+def test_weights_that_make_no_sense(tab: Tab) -> None:
+    """Said beside the row as they are written, and in one sentence that names the LoRA if Merge is pressed anyway."""
     tab.hurry()
     tab.choose(TIGER.name, PANDA.name)
     tab.page.locator("#loraclr_more input").check()
+    for number, field, text, answer in (
+        (1, "text_weight", "half", 'The text encoder weight "half" is no number.'),
+        (2, "blocks", "1, 2, 3", "3 block weights were given, but SD 1.x takes 17 or 26."),
+        (2, "blocks", "OUT99=1", "is no block; the blocks are"),
+    ):
+        written = tab.page.locator(f"#loraclr_{field}_{number} input")
+        written.fill(text)
+        tab.settle()
+        assert answer in tab.facts(number)
+        tab.page.locator("#loraclr_look").dispatch_event("click")
+        tab.settle()
+        assert answer in tab.facts(number), "another look at the folder does not forget it"
+        written.fill("")
+        tab.settle()
+        assert answer not in tab.facts(number)
     tab.page.locator("#loraclr_blocks_2 input").fill("1, 2, 3")
     assert f"{PANDA.name}: 3 block weights were given" in tab.merge()
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ class Webui:
     Attributes:
         data: its data folder.
         address: where it listens.
+        api_auth: "user:password" to ask with.
     """
 
-    def __init__(self, checkout: Path, python: str, data: Path) -> None:
+    api_auth: str | None = None
+
+    def __init__(self, checkout: Path, python: str, data: Path, more: Sequence[str] = ()) -> None:
         self.data = data
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -48,7 +52,7 @@ class Webui:
         }
         environment.pop("COMMANDLINE_ARGS", None)
         environment.pop("PYTHONPATH", None)
-        command = [python, "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(data)]
+        command = [python, "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(data), *more]
         self.log = data / "webui.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
@@ -87,10 +91,11 @@ class Webui:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """GET, or POST with a body; the decoded answer."""
+        headers = {"Content-Type": "application/json"}
+        if self.api_auth:
+            headers["Authorization"] = "Basic " + base64.b64encode(self.api_auth.encode()).decode()
         request = urllib.request.Request(
-            self.address + path,
-            None if body is None else json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            self.address + path, None if body is None else json.dumps(body).encode(), headers
         )
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
@@ -123,16 +128,32 @@ class Tab:
     """What a user does in the tab.
 
     Attributes:
-        errors: exceptions of the page's scripts so far.
+        browser: with cookies and storage of its own, as another person's would have.
+        page: the page of it that is looked at.
+        errors: exceptions of the pages' scripts so far.
+        console: errors in the console, but for names on the net, which the browser here cannot reach.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
-        self.page = chromium.new_page(viewport={"width": width, "height": height})
-        self.page.set_default_timeout(120_000)  # a busy machine is slow, not broken
+        self.address = f"{webui.address}/?__theme={theme}"
         self.errors: list[str] = []
+        self.console: list[str] = []
+        self.browser = chromium.new_context(viewport={"width": width, "height": height})
+        self.browser.set_default_timeout(120_000)  # a busy machine is slow, not broken
+        self.page = self.another()
+
+    def another(self) -> Any:
+        """A further page of the same browser, with the tab open; the driver goes on with it."""
+        self.page = self.browser.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(f"{webui.address}/?__theme={theme}")
+        self.page.on("console", self._note)
+        self.page.goto(self.address)
         self.open()
+        return self.page
+
+    def _note(self, message: Any) -> None:
+        if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
+            self.console.append(message.text)
 
     def open(self) -> None:
         """Click the tab."""
@@ -150,9 +171,14 @@ class Tab:
             field = self.page.locator("#loraclr_loras input")
             field.click()
             field.fill(name)
-            self.page.locator(f'#loraclr_loras ul.options li[aria-label="{name}"]').click()
+            self.listed(name).click()
             self.page.locator(".loraclr-concept:visible").nth(before).wait_for()
         self.page.keyboard.press("Escape")
+
+    def listed(self, name: str) -> Any:
+        """A LoRA in the open list, whatever folder and trigger words stand behind its name."""
+        option = "#loraclr_loras ul.options li"
+        return self.page.locator(f'{option}[aria-label="{name}"], {option}[aria-label^="{name}\u2003"]')
 
     def trigger(self, number: int) -> Any:
         """The field of a row's trigger words."""
@@ -163,10 +189,10 @@ class Tab:
         self.page.locator("#loraclr_name input").fill(name)
         self.page.locator("#loraclr_replace input").set_checked(replace)
 
-    def hurry(self) -> None:
-        """Settings for a merge of seconds, where its quality does not matter."""
+    def hurry(self, closed: bool = True) -> None:
+        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages."""
         self.page.locator("#loraclr_advanced > .label-wrap").click()
-        self.page.locator("#loraclr_closed input").check()
+        self.page.locator("#loraclr_closed input").set_checked(closed)
         for setting, value in (("steps", "2"), ("size", "64")):
             number = self.page.locator(f"#loraclr_{setting} input[type=number]")
             number.fill(value)
@@ -180,20 +206,24 @@ class Tab:
     def finish(self, seconds: float = 900) -> str:
         """Wait for the end; what the result says."""
         self.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=1000 * seconds)
-        self.page.locator("#loraclr_result.prose :is(.loraclr-note, .loraclr-error):visible").wait_for()
+        self.said("result").locator(":is(.loraclr-note, .loraclr-error):visible").wait_for()
         # gradio greys what is about to change.
         self.page.wait_for_function("() => !document.querySelector('#loraclr_results .pending')")
         self.page.wait_for_timeout(500)
-        return self.page.locator("#loraclr_result.prose").inner_text()
+        return self.said("result").inner_text()
 
     def merge(self, seconds: float = 900) -> str:
         """Press Merge and wait; what the result says."""
         self.start()
         return self.finish(seconds)
 
+    def said(self, part: str) -> Any:
+        """A text of the tab; gradio 3 gives the part's id to the text itself, gradio 4 to what is around it."""
+        return self.page.locator(f":is(#loraclr_{part}.prose, #loraclr_{part} .prose)")
+
     def facts(self, number: int) -> str:
         """What a row says about its LoRA."""
-        return self.page.locator(f"#loraclr_facts_{number}.prose").inner_text()
+        return self.said(f"facts_{number}").inner_text()
 
     def names(self) -> list[str]:
         """The LoRAs of the rows, in order."""

@@ -1,0 +1,111 @@
+// What loraclr_merge.js uses of the webui's page, for a page without one; and the progress bar.
+
+function gradioApp() {
+    return document;
+}
+
+function randomId() {
+    const numbers = crypto.getRandomValues(new Uint32Array(3));
+    return "task(" + Array.from(numbers, (number) => number.toString(36)).join("") + ")";
+}
+
+// Private windows may have no storage: the page then forgets its job when it is reloaded, and nothing else.
+function localSet(name, value) {
+    try {
+        localStorage.setItem(name, value);
+    } catch (error) {
+        window.loraclrKept = {...window.loraclrKept, [name]: value};
+    }
+}
+
+function localGet(name) {
+    try {
+        return localStorage.getItem(name);
+    } catch (error) {
+        return (window.loraclrKept || {})[name] || null;
+    }
+}
+
+function localRemove(name) {
+    try {
+        localStorage.removeItem(name);
+    } catch (error) {
+        delete (window.loraclrKept || {})[name];
+    }
+}
+
+// There is one tab, which is open; its parts are there when this runs.
+function onUiTabChange() {}
+
+function onOptionsAvailable(then) {
+    setTimeout(then, 0);
+}
+
+function loraclrClock(seconds) {
+    const whole = Math.max(0, Math.round(seconds));
+    return Math.floor(whole / 60) + ":" + String(whole % 60).padStart(2, "0");
+}
+
+function loraclrProgressText(told) {
+    if (told.state == "waiting") return "Waiting: " + told.place + " of " + told.of;
+    const left = told.left == null ? "" : ", " + loraclrClock(told.left) + " left";
+    return told.stage + ": " + Math.floor(100 * told.share) + "%" + left;
+}
+
+// Shows a job's progress above a place, and its latest picture in it, until it has ended or does not begin.
+function requestProgress(task, place, gallery, atEnd, onProgress, patience = 40) {
+    const bar = document.createElement("div");
+    bar.className = "progressDiv";
+    bar.setAttribute("role", "progressbar");
+    bar.setAttribute("aria-label", "Merge");
+    const done = document.createElement("div");
+    done.className = "progress";
+    bar.append(done);
+    place.parentNode.insertBefore(bar, place);
+    const since = Date.now();
+    let preview = null, seen = 0, begun = false;
+
+    function end() {
+        bar.remove();
+        if (preview) preview.remove();
+        document.title = "LoRACLR Merge";
+        atEnd();
+    }
+
+    function show(told) {
+        done.textContent = loraclrProgressText(told);
+        done.style.width = 100 * (told.share || 0) + "%";
+        bar.setAttribute("aria-valuenow", Math.floor(100 * (told.share || 0)));
+        document.title = "[" + Math.floor(100 * (told.share || 0)) + "%] LoRACLR Merge";
+        if (!told.picture) return;
+        if (!preview) {
+            preview = document.createElement("div");
+            preview.className = "livePreview";
+            preview.append(new Image());
+            gallery.prepend(preview);
+        }
+        preview.firstChild.src = told.picture;
+        seen = told.seen;
+    }
+
+    async function ask() {
+        let told = null;
+        try {
+            const answer = await fetch("loraclr/progress?task=" + encodeURIComponent(task) + "&seen=" + seen);
+            told = await answer.json();
+        } catch (error) {
+            // The server is busy or gone; it is asked again until patience is at its end.
+        }
+        if (told && told.state != "ended") {
+            begun = true;
+            show(told);
+            if (onProgress) onProgress(told);
+        } else if ((told && begun) || Date.now() - since > 1000 * patience) {
+            end();
+            return;
+        }
+        setTimeout(ask, 400);
+    }
+
+    ask();
+}

@@ -1,0 +1,26 @@
+"""What the webui, our own page, gradio 3 and gradio 4 have in different forms: some components, and events' scripts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from loraclr.webui.surroundings import here
+
+_SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
+
+
+def script(function: str) -> dict[str, str]:
+    """The argument by which an event runs a function of the page before, or instead of, one of ours."""
+    return {_SCRIPT: function}
+
+
+def FormRow(**look: Any) -> Any:
+    """A row of fields, as a context."""
+    return here().row(**look)
+
+
+def ToolButton(sign: str, tooltip: str, **look: Any) -> Any:
+    """A small button that shows a sign."""
+    return here().tool(sign, tooltip, **look)

@@ -1,0 +1,64 @@
+"""Sentences in the user's language: the page itself translates fixed strings only, not what holds names or figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from loraclr.webui.surroundings import here
+
+#: What the core says while it merges, and of the result. What is more particular comes first.
+CORE = (
+    "Looking at the words",
+    "Looking at two in one picture",
+    "Looking at what must not change",
+    "Looking at {name}",
+    "Fitting the text encoder",
+    "Fitting words to pictures",
+    "Fitting the picture layers",
+    "Polishing, step {step} of {steps}",
+    "Drawing {name}",
+    "The word {old} of {name} is called {new} in the merged file.",
+    "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
+    "{name}.json holds notes of yours and stays as it is, activation text included.",
+)
+
+_FOLDER = Path(__file__).parents[2] / "localizations"
+
+
+def say(sentence: str, **values: Any) -> str:
+    """A sentence, translated if there is a translation, and then with the values in the place of their names."""
+    return _translations(str(here().option("localization", "None"))).get(sentence, sentence).format(**values)
+
+
+def retell(sentence: str) -> str:
+    """A sentence of the core's, translated if it is one of `CORE`."""
+    for known in CORE:
+        if told := re.fullmatch(_pattern(known), sentence):
+            return say(known, **told.groupdict())
+    return sentence
+
+
+def shown(value: Any) -> str:
+    """A setting's value in a table."""
+    return "; ".join(map(str, value)) if isinstance(value, (list, tuple)) else "–" if value is None else str(value)
+
+
+@lru_cache
+def _pattern(sentence: str) -> str:
+    """What matches a sentence with values in it."""
+    parts = Formatter().parse(sentence)
+    return "".join(re.escape(text) + (f"(?P<{name}>.+)" if name else "") for text, name, _, _ in parts)
+
+
+@lru_cache
+def _translations(language: str) -> dict[str, str]:
+    """Sentence → translation, as in this extension's file for a language; empty without one."""
+    try:
+        return json.loads((_FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,100 @@
+"""The tab as a page of its own, in a browser: the steps of tests/webui/test_merge_tab.py that need no webui."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from alone_driver import Alone, Page
+
+TIGER, PANDA = "tiger", "panda"
+
+
+def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
+    """Choose two, edit a trigger, merge, see how far it is, and read off the prompt, the file and the pictures."""
+    tab.hurry()
+    tab.choose(TIGER, PANDA)
+    assert tab.trigger(1).input_value() == "sks", "prefilled from the LoRA's own metadata"
+    tab.trigger(2).fill("my panda")
+    tab.name("zoo")
+    tab.settle()
+    assert tab.said("note").inner_text().startswith("zoo.safetensors, about ")
+    tab.start()
+    bar = tab.page.locator("#loraclr_results .progressDiv")
+    bar.get_by_text("%").wait_for()
+    assert tab.page.locator("#loraclr_interrupt").is_visible()
+    assert "zoo is ready" in tab.finish()
+    assert bar.count() == 0
+    assert tab.prompt == "<lora:zoo:1> sks, my panda"
+    assert {"zoo.safetensors", "zoo.json", "zoo.preview.png"} <= alone.files()
+    assert tab.said("result").locator(".loraclr-pictures img").count() == 2 * 2 * (2 + 1)
+    links = [link.get_attribute("href") for link in tab.page.locator("#loraclr_downloads a").all()]
+    assert any("Effect kept" in tab.page.request.get(link).text() for link in links)
+    tab.page.screenshot(path=shots / f"alone_{alone.port}.png", full_page=True)
+
+
+def test_what_a_webui_has_is_not_there(tab: Page) -> None:
+    """No button that needs txt2img."""
+    assert not tab.page.locator("#loraclr_take").is_visible()
+    assert not tab.page.locator("#loraclr_send").is_visible()
+
+
+def test_progress_and_interrupt(alone: Alone, tab: Page) -> None:
+    """The bar tells stage, share and time left; a reloaded page has it again; Interrupt ends the job soon."""
+    files = alone.files()
+    tab.choose(TIGER, PANDA)
+    tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
+    tab.start()
+    bar = tab.page.locator("#loraclr_results .progressDiv")
+    bar.get_by_text("left").wait_for()
+    assert "Looking at" in bar.text_content()
+    tab.page.reload()
+    tab.open()
+    bar.get_by_text("left").wait_for()
+    tab.page.locator("#loraclr_interrupt").click()
+    since = time.monotonic()
+    tab.page.locator("#loraclr_buttons:not(.running)").wait_for(timeout=30_000)
+    print(f"interrupted after {time.monotonic() - since:.1f} s")
+    tab.said("result").get_by_text("interrupted").wait_for()
+    assert alone.files() == files
+
+
+def test_mistakes(alone: Alone, tab: Page) -> None:
+    """One sentence each."""
+    files = alone.files()
+    assert "No LoRA is chosen" in tab.merge()
+    tab.choose(TIGER, PANDA)
+    tab.name("a:b")
+    assert "must not contain :" in tab.merge()
+    assert alone.files() == files
+
+
+def test_keyboard_only(alone: Alone, tab: Page) -> None:
+    """Nothing needs a mouse: choosing, naming, merging."""
+    keyboard = tab.page.keyboard
+
+    def tab_to(part: str) -> None:
+        for _ in range(60):
+            if tab.page.evaluate(f"() => !!document.activeElement.closest('#loraclr_{part}')"):
+                return
+            keyboard.press("Tab")
+        raise AssertionError(f"the Tab key does not reach {part}")
+
+    tab_to("loras")
+    for number, name in enumerate((TIGER, PANDA), 1):
+        keyboard.type(name)
+        tab.page.locator("#loraclr_loras ul.options li").first.wait_for()
+        keyboard.press("Enter")
+        tab.page.locator(f"#loraclr_concept_{number}").wait_for()
+    tab_to("trigger_2")
+    keyboard.press("End")
+    keyboard.type(" bear")
+    tab_to("name")
+    keyboard.type("keys")
+    tab_to("draw")
+    keyboard.press("Space")
+    tab_to("merge")
+    keyboard.press("Enter")
+    assert "keys is ready" in tab.finish()
+    assert tab.prompt == "<lora:keys:1> sks, zyk bear"
+    assert "keys.preview.png" not in alone.files()
