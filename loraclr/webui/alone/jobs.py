@@ -123,7 +123,7 @@ class Jobs:
         self.running.pictures += 1
 
     def told(self, task: str, seen: int = 0) -> dict[str, Any]:
-        """What a page that has seen so many of its pictures is told of a job; an unknown one may still be on its way."""
+        """What a page that has seen so many of its pictures is told of a job; an unknown one may be on its way."""
         running = self.running
         if running is None or running.task != task:
             waiting = list(self.waiting)
