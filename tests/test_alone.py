@@ -51,7 +51,8 @@ class TestJobs:
         for thread in threads:
             thread.join()
         assert ran == tasks
-        assert jobs.told(tasks[3])["state"] == "ended"
+        assert jobs.told(tasks[3]) == {"state": "ended"}
+        assert jobs.told("another") == {"state": "unknown"}
 
     def test_a_job_that_fails_makes_room(self) -> None:
         jobs = Jobs()
@@ -97,9 +98,9 @@ class TestJobs:
 
     def test_outcomes_are_kept_for_a_while(self) -> None:
         jobs = Jobs()
-        for number in range(40):
+        for number in range(200):
             jobs.record(str(number), [number])
-        assert jobs.outcome("39") == [39]
+        assert jobs.outcome("199") == [199]
         assert jobs.outcome("0") is None
 
 

@@ -44,7 +44,7 @@ def test_the_command_line(guarded: Webui) -> None:
     """Merges with a password, and says what is missing without."""
     line = [
         *[sys.executable, "-m", "loraclr", "merge", "--server", guarded.address, "--lora", "tiger", "--lora", "panda"],
-        *["--speed", "closed", "--scenes", "0", "--name", "by command"],
+        *["--method", "sum", "--name", "by command"],
     ]
     how = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 600, "check": False}
     without = subprocess.run(line, **how)

@@ -6,7 +6,7 @@ import base64
 import io
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from PIL import Image
 
 from loraclr.merging import Cancelled
 
-_REMEMBERED = 16  # outcomes
+_REMEMBERED = 64  # jobs that have ended, and their outcomes
 _SHOWN = 512  # pixels on a side of the picture that is shown while a job runs
 
 
@@ -49,6 +49,7 @@ class Jobs:
         self.running: Running | None = None
         self.waiting: list[str] = []
         self._outcomes: OrderedDict[str, list[Any]] = OrderedDict()
+        self._ended: deque[str] = deque(maxlen=_REMEMBERED)
         self._changed = threading.Condition()
         self._closed = False
 
@@ -71,6 +72,7 @@ class Jobs:
         finally:
             with self._changed:
                 self.running = None
+                self._ended.append(task)
                 self._changed.notify_all()
 
     def runs(self, task: str) -> bool:
@@ -121,11 +123,13 @@ class Jobs:
         self.running.pictures += 1
 
     def told(self, task: str, seen: int = 0) -> dict[str, Any]:
-        """What a page that has seen so many of its pictures is told of a job."""
+        """What a page that has seen so many of its pictures is told of a job; an unknown one may be on its way."""
         running = self.running
         if running is None or running.task != task:
-            place = self.waiting.index(task) + 1 if task in self.waiting else 0
-            return {"state": "waiting" if place else "ended", "place": place, "of": len(self.waiting)}
+            waiting = list(self.waiting)
+            if task in waiting:
+                return {"state": "waiting", "place": waiting.index(task) + 1, "of": len(waiting)}
+            return {"state": "ended" if task in self._ended else "unknown"}
         answer = {"state": "running", "stage": running.stage, "share": running.share, "left": running.left}
         if running.pictures > seen:
             answer |= {"picture": running.picture, "seen": running.pictures}

@@ -63,7 +63,7 @@ function requestProgress(task, place, gallery, atEnd, onProgress, patience = 40)
     bar.append(done);
     place.parentNode.insertBefore(bar, place);
     const since = Date.now();
-    let preview = null, seen = 0, begun = false;
+    let preview = null, seen = 0;
 
     function end() {
         bar.remove();
@@ -96,13 +96,14 @@ function requestProgress(task, place, gallery, atEnd, onProgress, patience = 40)
         } catch (error) {
             // The server is busy or gone; it is asked again until patience is at its end.
         }
-        if (told && told.state != "ended") {
-            begun = true;
-            show(told);
-            if (onProgress) onProgress(told);
-        } else if ((told && begun) || Date.now() - since > 1000 * patience) {
+        const heard = told && told.state != "unknown";
+        if (heard ? told.state == "ended" : Date.now() - since > 1000 * patience) {
             end();
             return;
+        }
+        if (heard) {
+            show(told);
+            if (onProgress) onProgress(told);
         }
         setTimeout(ask, 400);
     }

@@ -90,3 +90,17 @@ class Page(Tab):
     def open(self) -> None:
         self.page.locator("#loraclr_buttons").wait_for()
         self.page.wait_for_function("() => typeof requestProgress == 'function'")
+
+    def start(self) -> None:
+        self.before = self.said("result").evaluate("part => part.innerHTML")
+        self.page.locator("#loraclr_merge").click()
+
+    def finish(self, seconds: float = 900) -> str:
+        """Wait until the result says something else; the bar may end a moment before that."""
+        self.page.wait_for_function(
+            "before => { const said = document.querySelector('#loraclr_result.prose, #loraclr_result .prose');"
+            " return said && said.innerHTML != before; }",
+            arg=self.before,
+            timeout=1000 * seconds,
+        )
+        return super().finish(seconds)
