@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,8 @@ from loraclr import formats
 from loraclr.formats import BOFT, IA3, OFT, Change, DoRA, GLoRA, Layer, LoHa, LoKr
 from loraclr.lora import LoRAFormatError, parse
 
-lycoris = pytest.importorskip("lycoris.modules")
+pytest.importorskip("lycoris.modules")
+from lycoris_files import ALGORITHMS, norm, trained, written  # noqa: E402
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -25,16 +24,6 @@ LAYERS = {
     "conv1": (CONV, lambda: nn.Conv2d(24, 16, 1)),
     "conv3": (CONV, lambda: nn.Conv2d(8, 16, 3, padding=1)),
 }
-ALGORITHMS = {
-    "LoRA": lycoris.LoConModule,
-    "LoHa": lycoris.LohaModule,
-    "LoKr": lycoris.LokrModule,
-    "GLoRA": lycoris.GLoRAModule,
-    "IA3": lycoris.IA3Module,
-    "OFT": lycoris.DiagOFTModule,
-    "BOFT": lycoris.ButterflyOFTModule,
-    "full": lycoris.FullModule,
-}
 #: What a trainer writes about rank-stabilised training.
 STABILISED = {"ss_network_args": '{"algo": "x", "rs_lora": "True"}'}
 
@@ -44,26 +33,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def trained(algorithm: str, layer: nn.Module, **options: object) -> nn.Module:
-    """A module of the real trainer with everything that it trains set to something."""
-    layer = copy.deepcopy(layer)
-    module = ALGORITHMS[algorithm]("x", layer, **{"lora_dim": 3, "alpha": 2.0, **options})
-    if algorithm == "full":
-        module.apply_to()  # from now on it holds the weight, and writes its difference to what it was
-    for name, parameter in module.named_parameters():
-        if name == "dora_scale":
-            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
-        elif name == "scalar":
-            parameter.data.fill_(0.7)
-        else:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return module.eval()
-
-
 def read(stem: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Change:
     """What we read from the file that the trainer would write for one layer, and all of it."""
-    tensors = {f"{stem}.{suffix}": tensor.detach().clone() for suffix, tensor in module.state_dict().items()}
-    lora = parse(tensors, metadata or {}, "x")
+    lora = parse(written(stem, module), metadata or {}, "x")
     assert lora.unused == () and list(lora.layers) == [stem]
     return lora.layers[stem]
 
@@ -160,9 +132,7 @@ def test_lokr_and_loha_give_thin_factors_where_there_are_such() -> None:
 
 def test_norm_layers_change_weight_and_bias() -> None:
     for layer in (nn.GroupNorm(4, 16), nn.LayerNorm(16)):
-        module = lycoris.NormModule("x", layer)
-        for parameter in module.parameters():
-            parameter.data.normal_()
+        module = norm(layer)
         change = read(NORM, module)
         torch.testing.assert_close(change.delta(layer.weight), module.get_merged_weight()[0] - layer.weight)
         torch.testing.assert_close(change.bias_delta(layer.bias), module.get_merged_weight()[1] - layer.bias)
@@ -178,7 +148,7 @@ def test_full_differences_change_the_bias_too() -> None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3, 3)])
+@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3, 3), (16, 16)])
 def test_both_layouts_of_glora(shape: tuple[int, ...], old: bool) -> None:
     weight = torch.randn(shape)
     o, i, *kernel = shape
