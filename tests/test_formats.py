@@ -13,7 +13,7 @@ from loraclr.formats import BOFT, IA3, OFT, Change, DoRA, GLoRA, Layer, LoHa, Lo
 from loraclr.lora import LoRAFormatError, parse
 
 pytest.importorskip("lycoris.modules")
-from lycoris_files import ALGORITHMS, norm, trained, written  # noqa: E402
+from lycoris_files import ALGORITHMS, norm, trained, written
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"

@@ -9,8 +9,10 @@ that pixels are reproducible. The pictures that the tests look at are kept in WE
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +29,41 @@ CHROMIUM = [
 ]
 
 
+def checkout() -> Path:
+    """The webui to run; skips the test if there is none."""
+    if not os.environ.get("WEBUI_DIR"):
+        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
+    return Path(os.environ["WEBUI_DIR"]).resolve()
+
+
+@contextmanager
+def running(data: Path, probe: bool = False) -> Iterator[Webui]:
+    """A webui with this extension on a data folder that has its models, and with the test's own probe on wish."""
+    extensions = data / "extensions"
+    extensions.mkdir()
+    (extensions / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
+    if probe:  # extensions load in the order of their names, and the probe imports the other's package
+        (extensions / "zz-probe" / "scripts").mkdir(parents=True)
+        shutil.copy(Path(__file__).with_name("probe.py"), extensions / "zz-probe" / "scripts")
+    started = Webui(checkout(), os.environ.get("WEBUI_PYTHON", sys.executable), data)
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+
+
 @pytest.fixture(scope="session")
 def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
     """A webui with the extension, the miniature and its LoRAs."""
-    if not os.environ.get("WEBUI_DIR"):
-        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
-    checkout = Path(os.environ["WEBUI_DIR"]).resolve()
+    checkout()
     from miniature import checkpoint
 
     data = tmp_path_factory.mktemp("webui")
-    (data / "extensions").mkdir()
-    (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
     checkpoint.install(data / "models" / "Stable-diffusion")
     checkpoint.install_loras(data / "models" / "Lora")
-    running = Webui(checkout, os.environ.get("WEBUI_PYTHON", sys.executable), data)
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.stop()
+    with running(data) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
