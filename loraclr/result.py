@@ -14,6 +14,7 @@ from loraclr import files
 from loraclr.concept import Concept
 from loraclr.embeddings import Embeddings, distinct
 from loraclr.formats import Norm
+from loraclr.hosts import Checkpoint
 from loraclr.keys import Family
 from loraclr.lora import Layer
 
@@ -28,6 +29,7 @@ class Merge:
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
+        checkpoint: the model that it was made for; None if none was looked at.
         words: the embeddings that the LoRAs bring along.
         notes: what users should know, a sentence each.
     """
@@ -39,6 +41,7 @@ class Merge:
     layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -78,6 +81,7 @@ class Merge:
         return {
             "version": files.VERSION,
             "method": self.method,
+            "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
             "concepts": concepts,
             "settings": settings,
             "missed": self.missed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,6 @@ from loraclr.cli import Refused, quiet
 from loraclr.cli.progress import Line, clock
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from loraclr.concept import Concept
     from loraclr.hosts.standalone import Standalone
     from loraclr.methods import Method
@@ -157,10 +155,13 @@ def run(args: argparse.Namespace) -> int:
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
     else:
-        modules = prepare_modules(args, concepts)
+        host = prepare_weights(args, concepts)
         options = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)
         with Line() as line, refusing():
-            merge = methods.combine(concepts, method.name, options, line, modules)
+            merge = methods.combine(concepts, method.name, options, line, host and host.layers())
+        merge.checkpoint = host and host.checkpoint
+    if told and (note := told.note(merge.checkpoint)):
+        merge.notes.append(note)
     write(merge, args)
     print(summary(merge, args.output))
     return 0
@@ -194,7 +195,7 @@ def prepare(args: argparse.Namespace, method: Method, told: Recipe | None = None
     entries: list[Entry] = args.entries or []
     if not entries and told is None:
         raise Refused("No LoRA is chosen: give at least one --lora.")
-    check_options(args, method)
+    check_options(args, method, told)
     inputs = [
         *([args.recipe] if args.recipe else []),
         *(entry.path for entry in entries),
@@ -232,8 +233,8 @@ def prepare_host(args: argparse.Namespace, concepts: list[Concept]) -> Standalon
     return host
 
 
-def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mapping[str, nn.Module] | None:
-    """The layers of the checkpoint, if one is given, for a merge by weights: some LoRAs' changes depend on them.
+def prepare_weights(args: argparse.Namespace, concepts: list[Concept]) -> Standalone | None:
+    """The checkpoint, if one is given, for a merge by weights: some LoRAs' changes depend on its own.
 
     Raises:
         Refused: one sentence for whatever is wrong.
@@ -245,12 +246,12 @@ def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mappin
         return None
     with refusing():
         quiet()
-        modules = open_checkpoint(args.checkpoint, "cpu").layers()
-        methods.check(concepts, modules)
-    return modules
+        host = open_checkpoint(args.checkpoint, "cpu")
+        methods.check(concepts, host.layers())
+    return host
 
 
-def check_options(args: argparse.Namespace, method: Method) -> None:
+def check_options(args: argparse.Namespace, method: Method, told: Recipe | None = None) -> None:
     """Refuse options that the method would ignore, and a missing checkpoint."""
     ignored = {
         "--speed": args.speed is not None and method.name != "loraclr",
@@ -265,9 +266,10 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     if method.needs_model and args.checkpoint is None:
+        known = f" ({told.checkpoint.name})" if told and told.checkpoint else ""
         raise Refused(
-            f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
-            "the LoRA files, such as sum."
+            f"--method {method.name} looks at the model: give its --checkpoint{known}, or choose a --method that needs "
+            "only the LoRA files, such as sum."
         )
 
 

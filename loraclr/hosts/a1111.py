@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loraclr.embeddings import Embeddings
-from loraclr.hosts import Context, Record
+from loraclr.hosts import Checkpoint, Context, Record
 from loraclr.hosts.attention import Pooling, Split, opened
 from loraclr.hosts.recompute import LARGE, recomputed
 from loraclr.keys import Family, Part, kohya_name
@@ -77,6 +77,12 @@ class A1111:
     def device(self) -> torch.device:
         """Where the model computes; with medvram its weights rest elsewhere outside of a session."""
         return devices.device
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The hash is not known where the webui runs without hashing."""
+        told = self._model.sd_checkpoint_info
+        return Checkpoint(Path(told.filename).name, told.sha256 or "")
 
     def layers(self) -> dict[str, nn.Module]:
         """Every Linear, Conv2d and norm layer of UNet and text encoders by canonical name: the live modules.
