@@ -88,8 +88,11 @@ class Merge:
         }
 
 
-def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
-    """A merge with no layers yet, its concepts' words under names that no two of them share."""
+def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> Merge:
+    """A merge with no layers yet, its concepts' words under names that no two of them share.
+
+    folded: whether the merge makes up for what is lost of embeddings for single layers (see `loraclr.folding`).
+    """
     result = Merge(concepts[0].lora.family, [], settings)
     renames = distinct([concept.lora.words for concept in concepts])
     for concept, renamed in zip(concepts, renames, strict=True):
@@ -99,7 +102,9 @@ def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
-            result.notes.append(f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept.")
+            rest = ", and the rest made up for as far as one text for all layers allows" if folded else ""
+            note = f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept{rest}."
+            result.notes.append(note)
     return result
 
 

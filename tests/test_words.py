@@ -31,7 +31,8 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     result = merge(host, [Concept(lora, WORD), Concept(clash, f"big {WORD}")], CLOSED)
     assert result.triggers == f"{WORD}, big {WORD}_2"
     assert result.notes == [
-        f"Of one's embeddings of {WORD} for single layers the mean is kept.",
+        f"Of one's embeddings of {WORD} for single layers the mean is kept, and the rest made up for as far as one "
+        "text for all layers allows.",
         f"The word {WORD} of two is called {WORD}_2 in the merged file.",
     ]
     assert result.words.keys() == {WORD, f"{WORD}_2"}
