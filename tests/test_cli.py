@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from toy import ToyHost, toy_lora
 
@@ -62,6 +64,12 @@ class Tiny:
         for module in modules.values():
             torch.nn.init.constant_(module.weight, 0.5)
         return modules
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sample(self, prompts: list[str], *_: object) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8), "red") for _ in prompts]
 
 
 @pytest.fixture
@@ -241,6 +249,17 @@ class TestMerge:
         assert out.endswith("Prompt: <lora:out:1> sks, zyk\n")
         assert err == "Polishing: 50 %, 0:02 left\n"
         assert files.load(here / "out.safetensors").triggers() == "sks, zyk"
+
+    def test_a_picture_for_its_card_unless_there_is_one(self, here: Path) -> None:
+        """Two concepts side by side; a picture of the user's is left alone."""
+        assert main(["merge", *A, "--lora", "b.safetensors", *OUT]) == 0
+        with Image.open(here / "out.preview.png") as picture:
+            assert picture.size == (16, 8) and picture.getpixel((12, 4)) == (255, 0, 0)
+        (here / "mine.jpg").touch()
+        for name, more in (("mine", []), ("none", ["--no-preview"])):
+            out = ["--checkpoint", "model.safetensors", "--output", f"{name}.safetensors"]
+            assert main(["merge", *A, *out, *more]) == 0
+            assert not (here / f"{name}.preview.png").exists()
 
     def test_overwrite(self, here: Path) -> None:
         old = lora(here / "out.safetensors", width=6).read_bytes()

@@ -105,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
     )
+    how.add_argument("--no-preview", action="store_true", help="draw no picture for the file's card")
     how.add_argument(
         "--scenes",
         type=int,
@@ -141,9 +142,10 @@ def offered() -> list[Method]:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
-    from loraclr import methods
+    from loraclr import methods, preview
     from loraclr.merging import Settings
 
+    picture = None
     told = read_recipe(args) if args.recipe else None
     method = methods.METHODS[told.method if told else args.method]
     concepts = prepare(args, method, told)
@@ -154,6 +156,9 @@ def run(args: argparse.Namespace) -> int:
         settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
+            if not (args.no_preview or preview.exists(args.output)):
+                line("Drawing a picture for its card", 1.0, None)
+                picture = preview.drawn(host, merge, settings)
     else:
         host = prepare_weights(args, concepts)
         options = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)
@@ -163,6 +168,8 @@ def run(args: argparse.Namespace) -> int:
     if told and (note := told.note(merge.checkpoint)):
         merge.notes.append(note)
     write(merge, args)
+    if picture is not None:
+        preview.save(picture, args.output)
     print(summary(merge, args.output))
     return 0
 
