@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loraclr import files
+from loraclr.changes import is_text
 from loraclr.concept import Concept
 from loraclr.embeddings import Embeddings, distinct
 from loraclr.formats import Norm
@@ -125,8 +126,8 @@ def with_whole_attention(layers: Mapping[str, Layer | Norm], family: Family) -> 
     return whole
 
 
-#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
-MOST_BUNDLED = 12
+#: Forge refuses a LoRA with more keys than this that it does not know: embeddings, and norm layers of text encoders.
+MOST_UNKNOWN = 12
 
 
 def write(
@@ -149,7 +150,11 @@ def write(
     sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
     layers = with_whole_attention(merge.layers, merge.family)
     metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
-    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
+    norms = 2 * sum(isinstance(layer, Norm) and is_text(name) for name, layer in layers.items())
+    known = norms <= MOST_UNKNOWN
+    bundle = bundle and sum(map(len, merge.words.values())) + norms * known <= MOST_UNKNOWN
+    if not known:
+        merge.notes.append("Forge does not load this file: it has norm layers of a text encoder, which Forge lacks.")
     if merge.words and not bundle and (overwrite or not path.exists()):
         folder = path.with_name(f"{path.stem} embeddings")
         files.save_embeddings(folder, merge.words, overwrite)
