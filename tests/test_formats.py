@@ -147,20 +147,24 @@ def test_full_differences_change_the_bias_too() -> None:
         change.bias_delta(torch.zeros(9))
 
 
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3, 3), (16, 16)])
-def test_both_layouts_of_glora(shape: tuple[int, ...], old: bool) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_both_layouts_of_glora(data: st.DataObject) -> None:
+    """Square layers too, whose tensors fit both."""
+    old, kernel = data.draw(st.booleans()), data.draw(st.sampled_from([[], [1, 1], [3, 3]]))
+    i = data.draw(st.integers(2, 9))
+    o, rank = data.draw(st.sampled_from([i, i + 3])), data.draw(st.integers(1, i - 1))
+    shape = (o, i, *kernel)
     weight = torch.randn(shape)
-    o, i, *kernel = shape
     ones = [1] * len(kernel)
     a_up, a_down, b_up, b_down = (
-        torch.randn(*size) for size in ((i, 4, *ones), (4, i, *ones), (o, 4, *ones), (4, i, *kernel))
+        torch.randn(*size) for size in ((i, rank, *ones), (rank, i, *ones), (o, rank, *ones), (rank, i, *kernel))
     )
     names = ("a2", "a1", "b2", "b1") if old else ("a1", "a2", "b1", "b2")
     tensors = {f"{CONV}.{n}.weight": t for n, t in zip(names, (a_up, a_down, b_up, b_down), strict=True)}
     change = parse(tensors | {f"{CONV}.alpha": torch.tensor(2.0)}, {}, "x").layers[CONV]
     through = torch.einsum("oi...,ij->oj...", weight, a_up.flatten(1) @ a_down.flatten(1))
-    expected = 0.5 * (through + (b_up.flatten(1) @ b_down.flatten(1)).reshape(shape))
+    expected = 2 / rank * (through + (b_up.flatten(1) @ b_down.flatten(1)).reshape(shape))
     assert away(change.delta(weight), expected) < 1e-5
 
 

@@ -99,7 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", type=_share, metavar="D", help="share of the weights that ties and the like keep (default: 0.5)"
     )
     how.add_argument(
-        "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
+        "--rank",
+        type=_rank,
+        metavar="N",
+        help='largest rank, or "auto", in each layer what keeps 99.5 %% of its output (default: exact, the sum of the '
+        "ranks)",
     )
     how.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of the file (default: fp16)")
     how.add_argument(
