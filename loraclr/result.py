@@ -153,8 +153,10 @@ def write(
     norms = 2 * sum(isinstance(layer, Norm) and is_text(name) for name, layer in layers.items())
     known = norms <= MOST_UNKNOWN
     bundle = bundle and sum(map(len, merge.words.values())) + norms * known <= MOST_UNKNOWN
+    if any(isinstance(layer, Norm) or layer.bias is not None for layer in layers.values()):
+        merge.notes.append("diffusers does not load this file: it changes biases or norm layers.")
     if not known:
-        merge.notes.append("Forge does not load this file: it has norm layers of a text encoder, which Forge lacks.")
+        merge.notes.append("Forge does not load this file: it changes norm layers of a text encoder.")
     if merge.words and not bundle and (overwrite or not path.exists()):
         folder = path.with_name(f"{path.stem} embeddings")
         files.save_embeddings(folder, merge.words, overwrite)

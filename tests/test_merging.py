@@ -12,7 +12,7 @@ from toy import ToyHost, toy_lora
 
 from loraclr import files
 from loraclr.blocks import block_weights
-from loraclr.capture import applied, changes_of, is_text
+from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
@@ -38,9 +38,6 @@ def test_one_lora_merges_to_itself(weight: float, text_weight: float | None) -> 
     host = ToyHost()
     lora = toy_lora(host, "one", 1)
     result = merge(host, [Concept(lora, "sks", weight, text_weight)], CLOSED)
-    for name, layer in result.layers.items():
-        share = weight if text_weight is None or not is_text(name) else text_weight
-        torch.testing.assert_close(layer.delta(), share * lora.layers[name].delta(), rtol=1e-3, atol=1e-3)
     assert result.layers.keys() == lora.layers.keys()
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
     for prompt in ("a photo of a sks", "a sks on a red background"):

@@ -55,12 +55,13 @@ def test_what_forge_does_not_know_is_at_most_twelve_keys_or_said(tmp_path) -> No
     lora = toy_lora(ToyHost(), "one", 1)
     norms = [f"lora_te_text_model_encoder_layers_{number}_layer_norm1" for number in range(7)]
     words = {"w": {"clip_l": torch.ones(1, 768)}}
-    for count, bundled, said in ((5, True, []), (6, False, ["Move the files"]), (7, True, ["Forge does not load"])):
+    for count, bundled, said in ((5, True, []), (6, False, ["Move the files"]), (7, True, ["Forge does not"])):
         layers = lora.layers | {name: Norm(torch.ones(768)) for name in norms[:count]}
         result = Merge("sd1", [Concept(lora, "sks")], Settings(), layers=layers, words=words)
         path = write(result, tmp_path / f"{count}.safetensors")
         assert bool(files.load(path).embeddings) == bundled
-        assert [note.startswith(words) for note, words in zip(result.notes, said, strict=True)] == [True] * len(said)
+        found = sorted(" ".join(note.split()[:3]) for note in result.notes)
+        assert found == sorted(["diffusers does not", *said])
 
 
 @pytest.fixture(scope="module")
