@@ -247,7 +247,7 @@ class TestMerge:
         assert "in 1:01." in out
         assert "a: 75 % of its effect kept" in out
         assert out.endswith("Prompt: <lora:out:1> sks, zyk\n")
-        assert err == "Polishing: 50 %, 0:02 left\n"
+        assert err == "Polishing: 50 %, 0:02 left\nDrawing a picture for its card: 100 %\n"
         assert files.load(here / "out.safetensors").triggers() == "sks, zyk"
 
     def test_a_picture_for_its_card_unless_there_is_one(self, here: Path) -> None:
