@@ -174,9 +174,14 @@ def save_embeddings(
 
 def model_hash(path: Path) -> str:
     """What kohya and the webui know a LoRA by: SHA-256 of a safetensors file behind its header, else of the file."""
+    return file_hash(path, past_header=path.suffix == ".safetensors")
+
+
+def file_hash(path: Path, past_header: bool = False) -> str:
+    """SHA-256 of a file; past_header: of what comes behind its safetensors header."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if path.suffix == ".safetensors":
+        if past_header:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
         while block := file.read(1 << 20):
             digest.update(block)

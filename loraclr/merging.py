@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, prompts, scenes
+from loraclr import capture, folding, prompts, scenes
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
@@ -106,7 +106,7 @@ def merge(
     """
     settings = settings or Settings()
     check(host, concepts)
-    result = begun(concepts, settings)
+    result = begun(concepts, settings, folded=True)
     concepts = result.concepts
     with host.session(), ExitStack() as stack:
         run = _Run(host, concepts, settings, progress, fit)
@@ -189,6 +189,12 @@ class _Run:
             *(concept.changes(live) for concept in concepts),
             {},
         ]
+        self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
+        for place, lora in enumerate(concept.lora for concept in concepts):
+            if lora.layer_embeddings:
+                own, texts = self.asked[place], self.texts[place]
+                self.trained[place] = own, folding.read(host, live, lora, own, [*texts, ""])
+                self.asked[place] = folding.folded(host, live, lora, own, texts)
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
@@ -243,12 +249,19 @@ class _Run:
     def look(self, place: int, layers: Collection[str]) -> None:
         """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
         texts = self.texts[place]
-        with capture.applied(self.modules, self.asked[place]), torch.no_grad():
+        with self.acting(place), torch.no_grad():
             with self.watching(place, layers.__contains__):
                 bank = self.draw(place, texts, 0)
             if len(self.banks) == place:  # else this is a further pass, which draws the same
                 self.banks.append(bank)
                 self.held.append(self.draw(place, texts[:1], len(texts)))
+
+    @contextmanager
+    def acting(self, place: int) -> Iterator[None]:
+        """Inside, one concept's own LoRA acts as it was trained to."""
+        changes, texts = self.trained.get(place, (self.asked[place], None))
+        with capture.applied(self.modules, changes), folding.layered(self.modules, texts) if texts else nullcontext():
+            yield
 
     def in_passes(self) -> list[list[str]]:
         """The layers that read the picture, in parts whose Gram matrices fit into memory; each part is drawn for."""

@@ -131,7 +131,7 @@ def merge(
     settings = replace(settings or Settings(), **chosen.settings)
     fit = {} if chosen.fit is None else {"fit": chosen.fit}
     result = merging.merge(host, concepts, settings, progress, **fit)
-    result.method = method
+    result.method, result.checkpoint = method, host.checkpoint
     return result
 
 

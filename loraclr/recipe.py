@@ -10,6 +10,7 @@ from typing import Any
 
 from loraclr import files
 from loraclr.concept import Concept
+from loraclr.hosts import Checkpoint
 from loraclr.merging import Settings
 from loraclr.methods import METHODS, Options
 
@@ -19,12 +20,24 @@ class Recipe:
     """What a merged file says about how it was made.
 
     Attributes:
+        checkpoint: the model that it was made for, if it tells one.
         entries: per LoRA its file's name, its hash, and how it was to be merged (see `loraclr.result.Merge.recipe`).
     """
 
     method: str
     entries: Sequence[dict[str, Any]]
     settings: Settings | Options
+    checkpoint: Checkpoint | None = None
+
+    def note(self, checkpoint: Checkpoint | None) -> str | None:
+        """A sentence for the user if a merge for this model is not the same again."""
+        if self.checkpoint is None or checkpoint is None:
+            return None
+        known = self.checkpoint.hash and checkpoint.hash
+        same = self.checkpoint.hash == checkpoint.hash if known else self.checkpoint.name == checkpoint.name
+        which = f"a file of this name with other content ({self.checkpoint.name})"
+        which = self.checkpoint.name if self.checkpoint.name != checkpoint.name else which
+        return None if same else f"The recipe was made with {which}; this merge is for {checkpoint.name}."
 
     def concepts(self, folders: Sequence[Path]) -> list[Concept]:
         """The LoRAs, looked for by name in the folders.
@@ -52,7 +65,8 @@ def read(path: Path) -> Recipe:
         if unknown := sorted(set(told["settings"]) - known):
             raise KeyError(unknown[0])
         lists = {name: tuple(value) for name, value in told["settings"].items() if isinstance(value, list)}
-        return Recipe(method.name, told["concepts"], kind(**{**told["settings"], **lists}))
+        checkpoint = Checkpoint(**told["checkpoint"]) if told.get("checkpoint") else None
+        return Recipe(method.name, told["concepts"], kind(**{**told["settings"], **lists}), checkpoint)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The recipe in {path.name} cannot be read: another version of LoRACLR wrote it.") from error
 

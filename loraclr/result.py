@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 
 from loraclr import files
+from loraclr.changes import is_text
 from loraclr.concept import Concept
 from loraclr.embeddings import Embeddings, distinct
 from loraclr.formats import Norm
+from loraclr.hosts import Checkpoint
 from loraclr.keys import Family
 from loraclr.lora import Layer
 
@@ -30,6 +32,7 @@ class Merge:
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
         seconds: wall-clock time by stage.
+        checkpoint: the model that it was made for; None if none was looked at.
         words: the embeddings that the LoRAs bring along.
         notes: what users should know, a sentence each.
     """
@@ -41,6 +44,7 @@ class Merge:
     layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -80,14 +84,18 @@ class Merge:
         return {
             "version": files.VERSION,
             "method": self.method,
+            "checkpoint": None if self.checkpoint is None else asdict(self.checkpoint),
             "concepts": concepts,
             "settings": settings,
             "missed": self.missed,
         }
 
 
-def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
-    """A merge with no layers yet, its concepts' words under names that no two of them share."""
+def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> Merge:
+    """A merge with no layers yet, its concepts' words under names that no two of them share.
+
+    folded: whether the merge makes up for what is lost of embeddings for single layers (see `loraclr.folding`).
+    """
     result = Merge(concepts[0].lora.family, [], settings)
     renames = distinct([concept.lora.words for concept in concepts])
     for concept, renamed in zip(concepts, renames, strict=True):
@@ -97,7 +105,9 @@ def begun(concepts: Sequence[Concept], settings: Any) -> Merge:
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
-            result.notes.append(f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept.")
+            rest = ", and the rest made up for as far as one text for all layers allows" if folded else ""
+            note = f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept{rest}."
+            result.notes.append(note)
     return result
 
 
@@ -118,8 +128,8 @@ def with_whole_attention(layers: Mapping[str, Layer | Norm], family: Family) -> 
     return whole
 
 
-#: Forge refuses a LoRA with more keys than this that it does not know, and it knows no embeddings.
-MOST_BUNDLED = 12
+#: Forge refuses a LoRA with more keys than this that it does not know: embeddings, and norm layers of text encoders.
+MOST_UNKNOWN = 12
 
 
 def write(
@@ -142,7 +152,13 @@ def write(
     sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
     layers = with_whole_attention(merge.layers, merge.family)
     metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
-    bundle = bundle and sum(map(len, merge.words.values())) <= MOST_BUNDLED
+    norms = 2 * sum(isinstance(layer, Norm) and is_text(name) for name, layer in layers.items())
+    known = norms <= MOST_UNKNOWN
+    bundle = bundle and sum(map(len, merge.words.values())) + norms * known <= MOST_UNKNOWN
+    if any(isinstance(layer, Norm) or layer.bias is not None for layer in layers.values()):
+        merge.notes.append("diffusers does not load this file: it changes biases or norm layers.")
+    if not known:
+        merge.notes.append("Forge does not load this file: it changes norm layers of a text encoder.")
     if merge.words and not bundle and (overwrite or not path.exists()):
         folder = path.with_name(f"{path.stem} embeddings")
         files.save_embeddings(folder, merge.words, overwrite)

@@ -26,7 +26,7 @@ class Statistics:
     float64 for d = 5120, the widest layer of SD 1.x and SDXL; `closed_form` needs two more d×d matrices of float64
     while it runs. Of the Gram matrices of SDXL's attention and feed-forward layers that read the picture (582 layers,
     9.5 GB in float32) `share` leaves 8.7 GB, of those that read the text (140, 2.3 GB) 17 MB, of its text encoders'
-    (264, 5.0 GB) 4.5 GB; `rest` moves them out of the device's memory.
+    (265, 5.0 GB) 4.5 GB; `rest` moves them out of the device's memory.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loraclr.capture import applied, observed
-from loraclr.hosts.attention import Split, opened
+from loraclr.hosts.attention import Pooling, Split, opened
 
 WIDTH, TOKENS = 12, 5
 
@@ -93,3 +93,35 @@ def test_the_weight_follows_the_attention(attention) -> None:
     attention.float()
     assert projection.weight.dtype == torch.float32
     assert not list(projection.children()) and not list(projection.parameters())
+
+
+class Wrapper(nn.Module):
+    """As sgm wraps OpenCLIP, whose text projection (d, P) is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.text_projection = nn.Parameter(torch.randn(WIDTH, 7, dtype=torch.float64), requires_grad=False)
+
+    def pool(self, features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return features[torch.arange(len(features)), tokens.argmax(-1)] @ self.model.text_projection
+
+
+def test_the_text_projection_is_a_layer_that_can_be_seen_and_changed() -> None:
+    torch.manual_seed(0)
+    wrapper, seen = Wrapper(), {}
+    features, tokens = (
+        torch.randn(2, TOKENS, WIDTH, dtype=torch.float64),
+        torch.tensor([[1, 9, 0, 0, 0], [1, 2, 3, 9, 0]]),
+    )
+    part, before = Pooling(wrapper), wrapper.pool(features, tokens)
+    changes = {"text_projection": tuple(torch.randn(size, dtype=torch.float64) for size in ((7, 2), (2, WIDTH)))}
+    with opened([part]):
+        torch.testing.assert_close(wrapper.pool(features, tokens), before)
+        with observed(part.projections, seen.__setitem__), applied(part.projections, changes):
+            inside = wrapper.pool(features, tokens)
+    assert "pool" not in vars(wrapper) and not list(part.projections["text_projection"].parameters())
+    assert torch.equal(seen["text_projection"].flatten(0, 1), features[[0, 1], [1, 3]])
+    up, down = changes["text_projection"]
+    wrapper.model.text_projection += (up @ down).T
+    torch.testing.assert_close(inside, wrapper.pool(features, tokens))

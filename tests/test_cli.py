@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from toy import ToyHost, toy_lora
 
 import loraclr
 from loraclr import files, merging
@@ -17,6 +20,7 @@ from loraclr.__main__ import main, parser
 from loraclr.cli import Refused
 from loraclr.cli import merge as command
 from loraclr.cli.progress import Line, clock, sentence
+from loraclr.hosts import Checkpoint
 from loraclr.lora import Layer
 from loraclr.methods import METHODS
 
@@ -53,13 +57,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Tiny:
     """A host of two small layers, which is enough to be checked against."""
 
-    family, device, size = "sd1", torch.device("cpu"), 64
+    family, device, size, checkpoint = "sd1", torch.device("cpu"), 64, Checkpoint("tiny.safetensors", "1")
 
     def layers(self) -> dict[str, torch.nn.Module]:
         modules = {TEXT: torch.nn.Linear(4, 4), UNET: torch.nn.Linear(4, 4)}
         for module in modules.values():
             torch.nn.init.constant_(module.weight, 0.5)
         return modules
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sample(self, prompts: list[str], *_: object) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8), "red") for _ in prompts]
 
 
 @pytest.fixture
@@ -237,8 +247,19 @@ class TestMerge:
         assert "in 1:01." in out
         assert "a: 75 % of its effect kept" in out
         assert out.endswith("Prompt: <lora:out:1> sks, zyk\n")
-        assert err == "Polishing: 50 %, 0:02 left\n"
+        assert err == "Polishing: 50 %, 0:02 left\nDrawing a picture for its card: 100 %\n"
         assert files.load(here / "out.safetensors").triggers() == "sks, zyk"
+
+    def test_a_picture_for_its_card_unless_there_is_one(self, here: Path) -> None:
+        """Two concepts side by side; a picture of the user's is left alone."""
+        assert main(["merge", *A, "--lora", "b.safetensors", *OUT]) == 0
+        with Image.open(here / "out.preview.png") as picture:
+            assert picture.size == (16, 8) and picture.getpixel((12, 4)) == (255, 0, 0)
+        (here / "mine.jpg").touch()
+        for name, more in (("mine", []), ("none", ["--no-preview"])):
+            out = ["--checkpoint", "model.safetensors", "--output", f"{name}.safetensors"]
+            assert main(["merge", *A, *out, *more]) == 0
+            assert not (here / f"{name}.preview.png").exists()
 
     def test_overwrite(self, here: Path) -> None:
         old = lora(here / "out.safetensors", width=6).read_bytes()
@@ -374,6 +395,36 @@ def test_a_merge_by_weights_takes_base_weights_from_a_checkpoint(here: Path, hos
     changed = base + 2.0  # of ones(4, 2) @ ones(2, 4)
     expected = changed * 3 / changed.norm(dim=1, keepdim=True) - base
     torch.testing.assert_close(files.load(here / "out.safetensors").layers[UNET].delta(), expected)
+
+
+def test_a_recipe_makes_the_same_merge_for_a_model_again(here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole merge on a toy: with its own checkpoint the same file, with another one that is said."""
+    models = {"model.safetensors": Checkpoint("model.safetensors", "1"), "other.safetensors": Checkpoint("other", "2")}
+    (here / "other.safetensors").write_bytes((here / "model.safetensors").read_bytes())
+
+    def toy(path: Path, _: str | None) -> ToyHost:
+        opened = ToyHost()
+        opened.checkpoint = models[path.name]
+        return opened
+
+    monkeypatch.setattr("loraclr.hosts.standalone.open_checkpoint", toy)
+    for seed, name in enumerate(("a", "b")):
+        files.save(here / f"{name}.safetensors", toy_lora(ToyHost(), name, seed).layers, {}, overwrite=True)
+    each = ["--lora", "a.safetensors", "--trigger", "sks", "--weight", "1.5", "--lora", "b.safetensors"]
+    each += ["--trigger", "zyk", "--weight", "-0.5", "--text-weight", "0.3", "--blocks", "M00=0.5"]
+    how = ["--speed", "closed", "--rank", "3", "--seed", "4", "--dtype", "bf16"]
+    assert main(["merge", "--checkpoint", "model.safetensors", *each, *how, "--output", "out.safetensors"]) == 0
+    again = ["merge", "--recipe", "out.safetensors", "--dtype", "bf16"]
+    assert main([*again, "--checkpoint", "model.safetensors", "--output", "again.safetensors"]) == 0
+    assert "The recipe was made with" not in capsys.readouterr().out
+    first, second = (files.load(here / name).metadata for name in ("out.safetensors", "again.safetensors"))
+    assert first["sshs_model_hash"] == second["sshs_model_hash"]
+    told = [json.loads(metadata["loraclr.recipe"]) for metadata in (first, second)]
+    assert told[0] == told[1] and told[0]["checkpoint"] == {"name": "model.safetensors", "hash": "1"}
+    assert main([*again, "--checkpoint", "other.safetensors", "--output", "third.safetensors"]) == 0
+    assert "The recipe was made with model.safetensors; this merge is for other." in capsys.readouterr().out
+    sentence = refused([*again[1:], "--output", "fourth.safetensors"], here, capsys)
+    assert "looks at the model: give its --checkpoint (model.safetensors)" in sentence
 
 
 def test_options_belong_to_the_lora_before_them() -> None:

@@ -52,7 +52,7 @@ def test_pairs_come_in_both_orders_and_never_two_styles() -> None:
 class Host:
     """Draws noise that depends on seed and prompt only."""
 
-    family, device, size = "sd1", torch.device("cpu"), 128
+    family, device, size, checkpoint = "sd1", torch.device("cpu"), 128, None
 
     def layers(self) -> dict[str, torch.nn.Module]:
         return {UNET: torch.nn.Linear(4, 4)}

@@ -110,6 +110,15 @@ def test_diffusers_reads_the_same_change_from_the_file(saved):
     torch.testing.assert_close(alpha / down.shape[0] * up.float() @ down.float(), expected)
 
 
+@pytest.mark.parametrize("layer", [replace(layers()[LINEAR], bias=random(8)), Norm(random(8))])
+def test_diffusers_refuses_biases_and_norm_layers(tmp_path, layer):
+    """As the docs say; the day it reads them the note about such a merge can go."""
+    diffusers = pytest.importorskip("diffusers")
+    path = files.save(tmp_path / "x.safetensors", layers() | {"lora_unet_conv_norm_out": layer}, metadata())
+    with pytest.raises(ValueError, match="lora_unet_conv_norm_out"):
+        diffusers.StableDiffusionPipeline.lora_state_dict(path)
+
+
 def test_hashes_are_those_of_the_bytes_on_disk(saved):
     """The model hash is what A1111 would compute from the file; the legacy hash is kohya's, with ss_ metadata only."""
     content = saved.read_bytes()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +12,8 @@ from loraclr import formats
 from loraclr.formats import BOFT, IA3, OFT, Change, DoRA, GLoRA, Layer, LoHa, LoKr
 from loraclr.lora import LoRAFormatError, parse
 
-lycoris = pytest.importorskip("lycoris.modules")
+pytest.importorskip("lycoris.modules")
+from lycoris_files import ALGORITHMS, norm, trained, written
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -25,16 +24,6 @@ LAYERS = {
     "conv1": (CONV, lambda: nn.Conv2d(24, 16, 1)),
     "conv3": (CONV, lambda: nn.Conv2d(8, 16, 3, padding=1)),
 }
-ALGORITHMS = {
-    "LoRA": lycoris.LoConModule,
-    "LoHa": lycoris.LohaModule,
-    "LoKr": lycoris.LokrModule,
-    "GLoRA": lycoris.GLoRAModule,
-    "IA3": lycoris.IA3Module,
-    "OFT": lycoris.DiagOFTModule,
-    "BOFT": lycoris.ButterflyOFTModule,
-    "full": lycoris.FullModule,
-}
 #: What a trainer writes about rank-stabilised training.
 STABILISED = {"ss_network_args": '{"algo": "x", "rs_lora": "True"}'}
 
@@ -44,26 +33,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def trained(algorithm: str, layer: nn.Module, **options: object) -> nn.Module:
-    """A module of the real trainer with everything that it trains set to something."""
-    layer = copy.deepcopy(layer)
-    module = ALGORITHMS[algorithm]("x", layer, **{"lora_dim": 3, "alpha": 2.0, **options})
-    if algorithm == "full":
-        module.apply_to()  # from now on it holds the weight, and writes its difference to what it was
-    for name, parameter in module.named_parameters():
-        if name == "dora_scale":
-            parameter.data *= 1 + 0.3 * torch.rand_like(parameter)
-        elif name == "scalar":
-            parameter.data.fill_(0.7)
-        else:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    return module.eval()
-
-
 def read(stem: str, module: nn.Module, metadata: dict[str, str] | None = None) -> Change:
     """What we read from the file that the trainer would write for one layer, and all of it."""
-    tensors = {f"{stem}.{suffix}": tensor.detach().clone() for suffix, tensor in module.state_dict().items()}
-    lora = parse(tensors, metadata or {}, "x")
+    lora = parse(written(stem, module), metadata or {}, "x")
     assert lora.unused == () and list(lora.layers) == [stem]
     return lora.layers[stem]
 
@@ -160,9 +132,7 @@ def test_lokr_and_loha_give_thin_factors_where_there_are_such() -> None:
 
 def test_norm_layers_change_weight_and_bias() -> None:
     for layer in (nn.GroupNorm(4, 16), nn.LayerNorm(16)):
-        module = lycoris.NormModule("x", layer)
-        for parameter in module.parameters():
-            parameter.data.normal_()
+        module = norm(layer)
         change = read(NORM, module)
         torch.testing.assert_close(change.delta(layer.weight), module.get_merged_weight()[0] - layer.weight)
         torch.testing.assert_close(change.bias_delta(layer.bias), module.get_merged_weight()[1] - layer.bias)
@@ -177,20 +147,24 @@ def test_full_differences_change_the_bias_too() -> None:
         change.bias_delta(torch.zeros(9))
 
 
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3, 3)])
-def test_both_layouts_of_glora(shape: tuple[int, ...], old: bool) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_both_layouts_of_glora(data: st.DataObject) -> None:
+    """Square layers too, whose tensors fit both."""
+    old, kernel = data.draw(st.booleans()), data.draw(st.sampled_from([[], [1, 1], [3, 3]]))
+    i = data.draw(st.integers(2, 9))
+    o, rank = data.draw(st.sampled_from([i, i + 3])), data.draw(st.integers(1, i - 1))
+    shape = (o, i, *kernel)
     weight = torch.randn(shape)
-    o, i, *kernel = shape
     ones = [1] * len(kernel)
     a_up, a_down, b_up, b_down = (
-        torch.randn(*size) for size in ((i, 4, *ones), (4, i, *ones), (o, 4, *ones), (4, i, *kernel))
+        torch.randn(*size) for size in ((i, rank, *ones), (rank, i, *ones), (o, rank, *ones), (rank, i, *kernel))
     )
     names = ("a2", "a1", "b2", "b1") if old else ("a1", "a2", "b1", "b2")
     tensors = {f"{CONV}.{n}.weight": t for n, t in zip(names, (a_up, a_down, b_up, b_down), strict=True)}
     change = parse(tensors | {f"{CONV}.alpha": torch.tensor(2.0)}, {}, "x").layers[CONV]
     through = torch.einsum("oi...,ij->oj...", weight, a_up.flatten(1) @ a_down.flatten(1))
-    expected = 0.5 * (through + (b_up.flatten(1) @ b_down.flatten(1)).reshape(shape))
+    expected = 2 / rank * (through + (b_up.flatten(1) @ b_down.flatten(1)).reshape(shape))
     assert away(change.delta(weight), expected) < 1e-5
 
 

@@ -33,14 +33,16 @@ def predictions(host: ToyHost, changes, prompt: str) -> torch.Tensor:
         return host.predict(x, torch.full((3,), 500.0), host.encode([prompt])[[0, 0, 0]])
 
 
-def test_one_lora_merges_to_itself() -> None:
+@pytest.mark.parametrize(("weight", "text_weight"), [(0.7, None), (1.5, -0.5), (-0.4, 2.0)])
+def test_one_lora_merges_to_itself(weight: float, text_weight: float | None) -> None:
+    """At any strength: of the UNet and of the text encoder each its own, and linearly."""
     host = ToyHost()
     lora = toy_lora(host, "one", 1)
-    result = merge(host, [Concept(lora, "sks", weight=0.7)], CLOSED)
+    result = merge(host, [Concept(lora, "sks", weight, text_weight)], CLOSED)
     assert result.layers.keys() == lora.layers.keys()
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
     for prompt in ("a photo of a sks", "a sks on a red background"):
-        wanted = predictions(host, changes_of(lora, host.layers(), 0.7), prompt)
+        wanted = predictions(host, changes_of(lora, host.layers(), weight, text_weight), prompt)
         torch.testing.assert_close(predictions(host, merged, prompt), wanted, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(predictions(host, {}, prompt), wanted, atol=0.02)
     assert result.missed["one"][0] < 1e-4

@@ -29,7 +29,7 @@ TINY = Plan(concept=2, beside=1, pairs=2, base=4, tune=1, steps=1)
 class Host:
     """Draws noise that depends on seed, prompt and the changes that are applied."""
 
-    family, device, size = "sd1", torch.device("cpu"), 128
+    family, device, size, checkpoint = "sd1", torch.device("cpu"), 128, None
 
     def __init__(self) -> None:
         self.layer = torch.nn.Linear(4, 4, bias=False)

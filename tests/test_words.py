@@ -10,9 +10,10 @@ from toy import WIDTH, ToyHost, toy_lora
 
 from loraclr import files
 from loraclr.concept import Concept
+from loraclr.formats import Norm
 from loraclr.lora import LoRA
 from loraclr.merging import Settings, merge
-from loraclr.result import write
+from loraclr.result import Merge, write
 
 WORD = "<potter1>"
 CLOSED = Settings(speed="closed", steps=4, guidance=5.0, ridge=1e-8)
@@ -31,7 +32,8 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     result = merge(host, [Concept(lora, WORD), Concept(clash, f"big {WORD}")], CLOSED)
     assert result.triggers == f"{WORD}, big {WORD}_2"
     assert result.notes == [
-        f"Of one's embeddings of {WORD} for single layers the mean is kept.",
+        f"Of one's embeddings of {WORD} for single layers the mean is kept, and the rest made up for as far as one "
+        "text for all layers allows.",
         f"The word {WORD} of two is called {WORD}_2 in the merged file.",
     ]
     assert result.words.keys() == {WORD, f"{WORD}_2"}
@@ -46,6 +48,20 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     few = replace(many, words={"w0": many.words["w0"]}, notes=[])
     write(few, tmp_path / "few.safetensors")
     assert files.load(tmp_path / "few.safetensors").embeddings.keys() == {"w0"}
+
+
+def test_what_forge_does_not_know_is_at_most_twelve_keys_or_said(tmp_path) -> None:
+    """It knows neither embeddings nor norm layers of text encoders, which have two keys each."""
+    lora = toy_lora(ToyHost(), "one", 1)
+    norms = [f"lora_te_text_model_encoder_layers_{number}_layer_norm1" for number in range(7)]
+    words = {"w": {"clip_l": torch.ones(1, 768)}}
+    for count, bundled, said in ((5, True, []), (6, False, ["Move the files"]), (7, True, ["Forge does not"])):
+        layers = lora.layers | {name: Norm(torch.ones(768)) for name in norms[:count]}
+        result = Merge("sd1", [Concept(lora, "sks")], Settings(), layers=layers, words=words)
+        path = write(result, tmp_path / f"{count}.safetensors")
+        assert bool(files.load(path).embeddings) == bundled
+        found = sorted(" ".join(note.split()[:3]) for note in result.notes)
+        assert found == sorted(["diffusers does not", *said])
 
 
 @pytest.fixture(scope="module")

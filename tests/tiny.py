@@ -216,6 +216,12 @@ def install_loras(family: Family, folder: Path, names: list[str]) -> None:
         files.save(folder / f"{name}.safetensors", lora.layers, files.lora_metadata(family, lora.layers, [], [], {}))
 
 
+def install_projection(path: Path) -> None:
+    """Write a random LoRA on what SDXL's second text encoder says of a whole prompt."""
+    lora = random_lora({"lora_te2_text_projection": nn.Linear(OPEN_WIDTH, OPEN_WIDTH)}, "sdxl", path.stem, 7)
+    files.save(path, lora.layers, files.lora_metadata("sdxl", lora.layers, [], [], {}))
+
+
 def usual(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of a model's layers that most LoRAs change."""
     parts = ("attn1", "attn2", "_ff_", "proj_in", "proj_out", "self_attn", "mlp")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from loraclr.hosts import Context
+from loraclr.hosts import Checkpoint, Context
 from loraclr.lora import Layer, LoRA
 
 WIDTH, TOKENS = 8, 5
@@ -38,7 +38,7 @@ class ToyUNet(nn.Module):
 class ToyHost:
     """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings. With `norms` it has two norm layers."""
 
-    family, size, target = "sd1", 64, "epsilon"
+    family, size, target, checkpoint = "sd1", 64, "epsilon", Checkpoint("toy.safetensors", "1")
 
     def __init__(self, seed: int = 0, norms: bool = False) -> None:
         torch.manual_seed(seed)

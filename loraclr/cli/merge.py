@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,6 @@ from loraclr.cli import Refused, quiet
 from loraclr.cli.progress import Line, clock
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from loraclr.concept import Concept
     from loraclr.hosts.standalone import Standalone
     from loraclr.methods import Method
@@ -115,12 +113,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--density", type=_share, metavar="D", help="share of the weights that ties and the like keep (default: 0.5)"
     )
     how.add_argument(
-        "--rank", type=_rank, metavar="N", help='largest rank, or "auto" (default: exact, the sum of the ranks)'
+        "--rank",
+        type=_rank,
+        metavar="N",
+        help='largest rank, or "auto", in each layer what keeps 99.5 %% of its output (default: exact, the sum of the '
+        "ranks)",
     )
     how.add_argument("--dtype", choices=list(DTYPES), help="number format of the file (default: fp16)")
     how.add_argument(
         "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
     )
+    how.add_argument("--no-preview", action="store_true", help="draw no picture for the file's card")
     how.add_argument(
         "--scenes",
         type=int,
@@ -157,7 +160,7 @@ def offered() -> list[Method]:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
-    from loraclr import methods
+    from loraclr import methods, preview
     from loraclr.cli import remote
     from loraclr.merging import Settings
 
@@ -169,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
             raise Refused(f"--{option.replace('_', '-')} means nothing without --server: leave it out.")
     if args.output is None:
         raise Refused("There is no --output: give the LoRA file to write, or a --server that merges.")
+    picture = None
     told = read_recipe(args) if args.recipe else None
     method = methods.METHODS[told.method if told else args.method]
     concepts = prepare(args, method, told)
@@ -179,12 +183,20 @@ def run(args: argparse.Namespace) -> int:
         settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
+            if not (args.no_preview or preview.exists(args.output)):
+                line("Drawing a picture for its card", 1.0, None)
+                picture = preview.drawn(host, merge, settings)
     else:
-        modules = prepare_modules(args, concepts)
+        host = prepare_weights(args, concepts)
         options = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)
         with Line() as line, refusing():
-            merge = methods.combine(concepts, method.name, options, line, modules)
+            merge = methods.combine(concepts, method.name, options, line, host and host.layers())
+        merge.checkpoint = host and host.checkpoint
+    if told and (note := told.note(merge.checkpoint)):
+        merge.notes.append(note)
     write(merge, args)
+    if picture is not None:
+        preview.save(picture, args.output)
     print(summary(merge, args.output))
     return 0
 
@@ -217,7 +229,7 @@ def prepare(args: argparse.Namespace, method: Method, told: Recipe | None = None
     entries: list[Entry] = args.entries or []
     if not entries and told is None:
         raise Refused("No LoRA is chosen: give at least one --lora.")
-    check_options(args, method)
+    check_options(args, method, told)
     inputs = [
         *([args.recipe] if args.recipe else []),
         *(entry.path for entry in entries),
@@ -255,8 +267,8 @@ def prepare_host(args: argparse.Namespace, concepts: list[Concept]) -> Standalon
     return host
 
 
-def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mapping[str, nn.Module] | None:
-    """The layers of the checkpoint, if one is given, for a merge by weights: some LoRAs' changes depend on them.
+def prepare_weights(args: argparse.Namespace, concepts: list[Concept]) -> Standalone | None:
+    """The checkpoint, if one is given, for a merge by weights: some LoRAs' changes depend on its own.
 
     Raises:
         Refused: one sentence for whatever is wrong.
@@ -268,12 +280,12 @@ def prepare_modules(args: argparse.Namespace, concepts: list[Concept]) -> Mappin
         return None
     with refusing():
         quiet()
-        modules = open_checkpoint(args.checkpoint, "cpu").layers()
-        methods.check(concepts, modules)
-    return modules
+        host = open_checkpoint(args.checkpoint, "cpu")
+        methods.check(concepts, host.layers())
+    return host
 
 
-def check_options(args: argparse.Namespace, method: Method) -> None:
+def check_options(args: argparse.Namespace, method: Method, told: Recipe | None = None) -> None:
     """Refuse options that the method would ignore, and a checkpoint that is missing here."""
     ignored = {
         "--speed": args.speed is not None and method.name != "loraclr",
@@ -288,9 +300,10 @@ def check_options(args: argparse.Namespace, method: Method) -> None:
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     if method.needs_model and args.checkpoint is None and args.server is None:
+        known = f" ({told.checkpoint.name})" if told and told.checkpoint else ""
         raise Refused(
-            f"--method {method.name} looks at the model: give its --checkpoint, or choose a --method that needs only "
-            "the LoRA files, such as sum."
+            f"--method {method.name} looks at the model: give its --checkpoint{known}, or choose a --method that needs "
+            "only the LoRA files, such as sum."
         )
 
 

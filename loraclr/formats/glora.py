@@ -29,11 +29,12 @@ class GLoRA(Change):
         a1, a2, b1, b2 = (parts.need(f"{name}.weight") for name in ("a1", "a2", "b1", "b2"))
         if min(tensor.ndim for tensor in (a1, a2, b1, b2)) < 2:
             raise ValueError(f"{parts.shapes(*sorted(cls.marks))} do not fit together")
-        if not _is_product(a1, a2, b1, b2):
-            # Until LyCORIS 2.0 number 1 was applied first, as a LoRA's down is; since then number 2 is.
-            a1, a2, b1, b2 = a2, a1, b2, b1
-            if not _is_product(a1, a2, b1, b2):
-                raise ValueError(f"{parts.shapes(*sorted(cls.marks))} do not fit together")
+        # Until LyCORIS 2.0 number 1 was applied first, as a LoRA's down is; since then number 2 is.
+        layouts = [order for order in ((a1, a2, b1, b2), (a2, a1, b2, b1)) if _is_product(*order)]
+        if not layouts:
+            raise ValueError(f"{parts.shapes(*sorted(cls.marks))} do not fit together")
+        # A square layer's tensors fit both, one time with rank and width exchanged.
+        a1, a2, b1, b2 = min(layouts, key=lambda order: order[1].shape[0])
         core = parts.get("bm.weight")
         b_down = b2.flatten(1) if core is None else tucker(core, b2.flatten(1))
         return cls(a1.flatten(1), a2.flatten(1), b1.flatten(1), b_down, parts.scaling(a2.shape[0]))

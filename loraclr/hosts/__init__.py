@@ -32,6 +32,14 @@ class Context:
         return Context(self.tokens[rows], None if self.pooled is None else self.pooled[rows])
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which model a host has loaded: its file's or folder's name, and the file's SHA-256, "" where it is not known."""
+
+    name: str
+    hash: str = ""
+
+
 #: Told of every UNet call: x (B, 4, h, w) as the UNet sees it, t (B,), context of B prompts, prediction (B, 4, h, w).
 Record = Callable[[Tensor, Tensor, Context, Tensor], None]
 
@@ -49,6 +57,10 @@ class Host(Protocol):
 
     target: Literal["epsilon", "v"]
     """What the UNet predicts: the noise ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) z_0 (Salimans and Ho 2022)."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model that is loaded, for the recipe of a merge."""
 
     def layers(self) -> dict[str, nn.Module]:
         """Canonical layer name → live module (Linear, Conv2d, LayerNorm or GroupNorm) of UNet and text encoders."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import networks  # the webui's own LoRA extension
 import torch
-from modules import devices, lowvram, sd_hijack, sd_unet, shared
+from modules import devices, lowvram, paths, sd_hijack, sd_unet, shared
 from modules.processing import StableDiffusionProcessing, StableDiffusionProcessingTxt2Img, process_images
 from modules.prompt_parser import SdConditioning
 from modules.textual_inversion import textual_inversion
@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loraclr.embeddings import Embeddings
-from loraclr.hosts import Context, Record
-from loraclr.hosts.attention import Split, opened
+from loraclr.hosts import Checkpoint, Context, Record
+from loraclr.hosts.attention import Pooling, Split, opened
 from loraclr.hosts.recompute import LARGE, recomputed
 from loraclr.keys import Family, Part, kohya_name
 from loraclr.merging import Cancelled
@@ -63,22 +63,31 @@ class A1111:
         self.size = _size(model, family, self.target)
         self.alphas = model.alphas_cumprod.float()
         self._encoders: dict[Part, nn.Module] = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
-        self._attentions = {
-            (part, path): Split(module)
+        # What computes without calling layers, by the path that stands before its projections.
+        self._closed: dict[tuple[Part, str], Split | Pooling] = {
+            (part, f"{path}."): Split(module)
             for part, encoder in self._encoders.items()
             for path, module in encoder.wrapped.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         }
+        if family == "sdxl":
+            self._closed["text_encoder_2", ""] = Pooling(self._encoders["text_encoder_2"].wrapped)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes; with medvram its weights rest elsewhere outside of a session."""
         return devices.device
 
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The hash is not known where the webui runs without hashing."""
+        told = self._model.sd_checkpoint_info
+        return Checkpoint(Path(told.filename).name, told.sha256 or "")
+
     def layers(self) -> dict[str, nn.Module]:
         """Every Linear, Conv2d and norm layer of UNet and text encoders by canonical name: the live modules.
 
-        Of OpenCLIP's attention q, k, v and out are layers of their own, which are called inside a session only.
+        OpenCLIP's q, k, v and out and SDXL's text projection are layers of their own, called inside a session only.
         """
         parts = {"unet": self._model.model.diffusion_model}
         parts |= {part: encoder.wrapped for part, encoder in self._encoders.items()}
@@ -88,8 +97,8 @@ class A1111:
             for path, module in root.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm))
         }
-        for (part, path), attention in self._attentions.items():
-            modules |= {(part, f"{path}.{side}"): module for side, module in attention.projections.items()}
+        for (part, path), closed in self._closed.items():
+            modules |= {(part, f"{path}{side}"): module for side, module in closed.projections.items()}
         return {kohya_name(part, path, self.family): module for (part, path), module in modules.items()}
 
     def encode(self, prompts: Sequence[str]) -> Context:
@@ -238,7 +247,7 @@ class A1111:
                 encoder.is_trainable = True
             unet = self._model.model.diffusion_model
             again = recomputed(unet) if self.size >= LARGE else nullcontext()
-            with self._on_device(), opened(list(self._attentions.values())), again:
+            with self._on_device(), opened(list(self._closed.values())), again:
                 yield
         finally:
             for encoder in frozen:
@@ -301,7 +310,19 @@ class A1111:
             "skip_early_cond": 0.0,
             "multiple_tqdm": False,
         }
+        if not self._can_preview(shared.opts.show_progress_type):
+            wanted["show_progress_type"] = "Approx cheap"
         return {name: value for name, value in wanted.items() if shared.opts.data.get(name) != value}
+
+    def _can_preview(self, kind: str) -> bool:
+        """Whether live previews of this kind need nothing that the webui would have to download first."""
+        xl = self.family == "sdxl"
+        models = {
+            "Approx NN": f"VAE-approx/{'vaeapprox-sdxl' if xl else 'model'}.pt",
+            "TAESD": f"VAE-taesd/{'taesdxl' if xl else 'taesd'}_decoder.pth",
+        }
+        folders = (Path(paths.models_path), Path(paths.script_path, "models"))
+        return kind not in models or any((folder / models[kind]).exists() for folder in folders)
 
     def _unload_networks(self) -> None:
         """Base weights back in place: after a generation the webui leaves its LoRAs merged until the next one."""

@@ -1,52 +1,56 @@
-"""OpenCLIP's attention, whose q, k and v are one parameter: as layers that hooks can see and change."""
+"""What OpenCLIP multiplies without a layer, q, k, v and the text projection, as layers for hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Projection(nn.Module):
-    """A third of `nn.MultiheadAttention`'s fused projection: 0 is q, 1 is k, 2 is v.
+    """A linear layer whose weight (o, d) and bias are another module's memory, wherever that is at the moment."""
 
-    Its weight (d, d) is the attention's own memory, wherever that is at the moment.
-    """
-
-    def __init__(self, attention: nn.MultiheadAttention, third: int) -> None:
+    def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None] = lambda: None) -> None:
         super().__init__()
-        # In a tuple, so that the attention is no child of its own part.
-        self._whole = (attention,)
-        self._third = third
+        self._weight, self._bias = weight, bias
 
     @property
     def weight(self) -> Tensor:
-        return self._whole[0].in_proj_weight.chunk(3)[self._third]
+        return self._weight()
 
     @property
     def bias(self) -> Tensor | None:
-        fused = self._whole[0].in_proj_bias
-        return None if fused is None else fused.chunk(3)[self._third]
+        return self._bias()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
 class Split:
-    """An attention, and its four projections by the names of transformers' CLIP.
+    """An attention, whose q, k and v are one parameter, and its four projections by the names of transformers' CLIP.
 
     Torch computes all of it in one function, which calls no module: hooks on `projections` see something only inside
     `opened`. Raises ValueError if keys and values are not as wide as queries, which no CLIP has.
     """
 
+    replaces = "forward"
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
             raise ValueError("only attention with one projection for q, k and v can be taken apart")
-        self.attention = attention
-        thirds = {f"{side}_proj": Projection(attention, third) for third, side in enumerate("qkv")}
+        self.owner = attention
+        thirds = {f"{side}_proj": self._third(third) for third, side in enumerate("qkv")}
         self.projections: dict[str, nn.Module] = {**thirds, "out_proj": attention.out_proj}
+
+    def _third(self, third: int) -> Projection:
+        def bias() -> Tensor | None:
+            fused = self.owner.in_proj_bias
+            return None if fused is None else fused.chunk(3)[third]
+
+        return Projection(lambda: self.owner.in_proj_weight.chunk(3)[third], bias)
 
     def forward(
         self,
@@ -62,7 +66,7 @@ class Split:
         """What `nn.MultiheadAttention.forward` gives, but for the attention's weights, projection by projection."""
         if key_padding_mask is not None:
             raise NotImplementedError("padding masks are not supported here")
-        heads, first = self.attention.num_heads, self.attention.batch_first
+        heads, first = self.owner.num_heads, self.owner.batch_first
 
         def split(x: Tensor) -> Tensor:
             """(B, T, d), or (T, B, d) → (B, heads, T, d / heads)."""
@@ -76,18 +80,35 @@ class Split:
         return self.projections["out_proj"](mixed if first else mixed.transpose(0, 1)), None
 
 
+class Pooling:
+    """What the webui's wrapper of SDXL's second encoder makes of a whole prompt, and its projection as a layer."""
+
+    replaces = "pool"
+
+    def __init__(self, wrapper: nn.Module) -> None:
+        self.owner = wrapper
+        self.projections: dict[str, nn.Module] = {
+            "text_projection": Projection(lambda: wrapper.model.text_projection.T)
+        }
+
+    def pool(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Features (B, T, d) at each prompt's end, its largest token in (B, T), projected: (B, P)."""
+        ends = features[torch.arange(len(features), device=features.device), tokens.argmax(-1)]
+        return self.projections["text_projection"](ends)
+
+
 @contextmanager
-def opened(splits: Sequence[Split]) -> Iterator[None]:
-    """Inside, these attentions compute by their projections; on exit they are as before."""
+def opened(parts: Sequence[Split | Pooling]) -> Iterator[None]:
+    """Inside, these compute by their projections; on exit they are as before."""
     replaced = []
     try:
-        for split in splits:
-            replaced.append((split.attention, vars(split.attention).get("forward")))
-            split.attention.forward = split.forward
+        for part in parts:
+            replaced.append((part.owner, part.replaces, vars(part.owner).get(part.replaces)))
+            setattr(part.owner, part.replaces, getattr(part, part.replaces))
         yield
     finally:
-        for attention, before in replaced:
+        for owner, name, before in replaced:
             if before is None:
-                vars(attention).pop("forward", None)
+                vars(owner).pop(name, None)
             else:
-                attention.forward = before
+                setattr(owner, name, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loraclr.embeddings import Embeddings
-from loraclr.hosts import Context, Record
+from loraclr.files import file_hash
+from loraclr.hosts import Checkpoint, Context, Record
 from loraclr.hosts.recompute import LARGE, recomputed
 from loraclr.hosts.words import spoken
 from loraclr.keys import Family, kohya_name
@@ -20,8 +22,8 @@ from loraclr.keys import Family, kohya_name
 class Standalone:
     """A Stable Diffusion 1.x, 2.x or XL pipeline of diffusers as a host (see `loraclr.hosts.Host`)."""
 
-    def __init__(self, pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline, path: Path | None = None) -> None:
+        self.pipeline, self.path = pipeline, path
         self.pipeline.set_progress_bar_config(disable=True)
         self.family = _family(pipeline)
         self.device = pipeline.device
@@ -32,6 +34,12 @@ class Standalone:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         for module in (*self._parts.values(), pipeline.vae):
             module.requires_grad_(False).eval()
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        if self.path is None:
+            return Checkpoint(type(self.pipeline).__name__)
+        return Checkpoint(self.path.name, file_hash(self.path) if self.path.is_file() else "")
 
     def layers(self) -> dict[str, nn.Module]:
         return {
@@ -150,7 +158,7 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
     if pipeline.unet.config.in_channels != 4 or pipeline.text_encoder is None:
         raise ValueError(f"{path.name} is an inpainting, editing or refiner model; choose an ordinary one.")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return Standalone(pipeline.to(device, dtype))
+    return Standalone(pipeline.to(device, dtype), path)
 
 
 def _pipeline(path: Path):

@@ -9,8 +9,10 @@ that pixels are reproducible. The pictures that the tests look at are kept in WE
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,39 +29,57 @@ CHROMIUM = [
 ]
 
 
+def checkout() -> Path:
+    """The webui to run; skips the test if there is none."""
+    if not os.environ.get("WEBUI_DIR"):
+        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
+    return Path(os.environ["WEBUI_DIR"]).resolve()
+
+
+@contextmanager
+def running(data: Path, probe: bool = False, more: Sequence[str] = ()) -> Iterator[Webui]:
+    """A webui with this extension on a data folder that has its models; with the test's own probe and flags on wish."""
+    extensions = data / "extensions"
+    extensions.mkdir()
+    (extensions / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
+    if probe:  # extensions load in the order of their names, and the probe imports the other's package
+        (extensions / "zz-probe" / "scripts").mkdir(parents=True)
+        shutil.copy(Path(__file__).with_name("probe.py"), extensions / "zz-probe" / "scripts")
+    started = Webui(checkout(), os.environ.get("WEBUI_PYTHON", sys.executable), data, more)
+    if "--api-auth" in more:
+        started.api_auth = more[more.index("--api-auth") + 1].split(",")[0]
+    try:
+        started.wait()
+        yield started
+    finally:
+        started.stop()
+
+
 @pytest.fixture(scope="session")
 def webui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
     """A webui with the extension, the miniature and its LoRAs."""
-    yield from started(tmp_path_factory.mktemp("webui"))
+    with with_miniature(tmp_path_factory.mktemp("webui")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
     """Another one, whose API and page ask for users and passwords."""
-    yield from started(
-        tmp_path_factory.mktemp("guarded"), "--api-auth", "someone:secret,other:word", "--gradio-auth", "page:pass"
-    )
+    flags = "--api-auth", "someone:secret,other:word", "--gradio-auth", "page:pass"
+    with with_miniature(tmp_path_factory.mktemp("guarded"), *flags) as started:
+        yield started
 
 
-def started(data: Path, *more: str) -> Iterator[Webui]:
-    """A webui with this data folder, which is filled first, and these flags."""
-    if not os.environ.get("WEBUI_DIR"):
-        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
-    checkout = Path(os.environ["WEBUI_DIR"]).resolve()
+@contextmanager
+def with_miniature(data: Path, *more: str) -> Iterator[Webui]:
+    """A webui with the extension, the miniature and its LoRAs, started with more flags."""
+    checkout()
     from miniature import checkpoint
 
-    (data / "extensions").mkdir()
-    (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
     checkpoint.install(data / "models" / "Stable-diffusion")
     checkpoint.install_loras(data / "models" / "Lora")
-    running = Webui(checkout, os.environ.get("WEBUI_PYTHON", sys.executable), data, more)
-    if "--api-auth" in more:
-        running.api_auth = more[more.index("--api-auth") + 1].split(",")[0]
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.stop()
+    with running(data, more=more) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

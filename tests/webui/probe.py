@@ -1,4 +1,4 @@
-"""An extension of the test's own: asks the webui from inside what a test cannot see from outside (POST /probe)."""
+"""An extension of the test's own: asks the webui from inside what a test cannot see from outside, by two routes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from fastapi import Body, FastAPI
 from modules import devices, script_callbacks, shared
 from modules.call_queue import queue_lock
+from torch import nn
 
 import loraclr
 from loraclr import files, merging
@@ -50,7 +51,7 @@ def without_gradient(host: A1111, changes: Changes) -> list[str]:
 
 
 class Unmatched(logging.Handler):
-    """Keeps what the webui says of keys that it does not know and of layers that it fails at."""
+    """Inside, keeps what the webui says of keys that it does not know and of layers that it fails at."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -59,6 +60,92 @@ class Unmatched(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if (text := record.getMessage()).startswith("Network "):
             self.said.append(text)
+
+    def __enter__(self) -> Unmatched:
+        root = logging.getLogger()
+        self.before = root.level
+        root.addHandler(self)
+        root.setLevel(logging.DEBUG)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        root = logging.getLogger()
+        root.removeHandler(self)
+        root.setLevel(self.before)
+
+
+def put_in(names: list[str]) -> None:
+    """These LoRAs of the webui's own in all of its layers."""
+    load(names)
+    for module in shared.sd_model.network_layer_mapping.values():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)):
+            networks.network_apply_weights(module)
+
+
+def parameters(host: A1111) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight and bias of every layer by our names, copied."""
+    return {
+        name: (module.weight.clone(), None if module.bias is None else module.bias.clone())
+        for name, module in host.layers().items()
+    }
+
+
+def away(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The distance of two changes relative to the wanted one."""
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+def against_ours(host: A1111, name: str) -> dict[str, Any]:
+    """How far the webui's ΔW of a file's layers are from ours."""
+    on_disk = networks.available_networks[name]
+    lora, before = files.load(on_disk.filename), parameters(host)
+    called = {id(module): layer for layer, module in host.layers().items()}
+    computed, failed = {}, []
+    with Unmatched() as listener:
+        try:
+            network = networks.load_network(name, on_disk)
+        except AssertionError as error:  # one key that it does not know, and the webui reads nothing of a file
+            return {"layers": sorted(lora.layers), "unused": lora.unused, "refused": str(error)}
+        for module in network.modules.values():
+            layer = called.get(id(module.sd_module))
+            try:
+                found = module.calc_updown(module.sd_module.weight)[0] if layer in lora.layers else None
+            except RuntimeError as error:
+                failed.append(f"{layer}: {error}")
+                continue
+            if found is not None and (wanted := lora.layers[layer].delta(before[layer][0])).norm() > 0:
+                computed[layer] = away(found, wanted)
+        put_in([name])
+    after = parameters(host)
+    put_in([])
+    weights, biases, others = {}, {}, []
+    for layer, ((weight, bias), (old, old_bias)) in ((k, (after[k], before[k])) for k in before):
+        change = lora.layers.get(layer)
+        if change is None:
+            others += [layer] * (not torch.equal(weight, old))
+            continue
+        weights[layer] = away(weight - old, change.delta(old))
+        if change.bias is not None:
+            biases[layer] = away(bias - old_bias, change.bias_delta(old_bias))
+    return {
+        "layers": sorted(lora.layers),
+        "unused": lora.unused,
+        "computed": computed,
+        "weights": weights,
+        "biases": biases,
+        "others": others,
+        "failed": failed,
+        "complaints": listener.said,
+    }
+
+
+def deltas(names: list[str] = Body(embed=True)) -> Any:  # noqa: B008
+    """What the webui makes of each of these files, see `against_ours`."""
+    with queue_lock, torch.no_grad():
+        networks.list_available_networks()
+        host = A1111()
+        put_in([])
+        return {name: against_ours(host, name) for name in names}
 
 
 def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = Body()) -> Any:  # noqa: B008
@@ -92,16 +179,9 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
         plain = seen(host)
         with host.session(), applied(host.layers(), changes):
             wanted = seen(host)
-        listener, root = Unmatched(), logging.getLogger()
-        level = root.level
-        root.addHandler(listener)
-        root.setLevel(logging.DEBUG)
-        try:
+        with Unmatched() as listener:
             load([name])
             theirs = seen(host)
-        finally:
-            root.removeHandler(listener)
-            root.setLevel(level)
         load([])
         after = seen(host)
     return {
@@ -125,6 +205,7 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
 def add_route(_: Any, app: FastAPI) -> None:
     """Called by the webui when its server is there."""
     app.add_api_route("/probe", probe, methods=["POST"])
+    app.add_api_route("/deltas", deltas, methods=["POST"])
 
 
 script_callbacks.on_app_started(add_route)

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import re
 import sys
-from pathlib import Path
 
 import pytest
-from webui_driver import Webui
+from conftest import REPOSITORY, checkout, running
 
-REPOSITORY = Path(__file__).parents[2]
 NAMES, TRIGGERS = ["first", "second"], ["sks", "zyk"]
 
 
 @pytest.fixture(scope="module", params=["sd2", "sdxl"])
 def probed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """A family, and what the probe says of a merge on a tiny model of it."""
-    if not os.environ.get("WEBUI_DIR"):
-        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
+    checkout()
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import tiny
 
     family, data = request.param, tmp_path_factory.mktemp("webui")
-    # Extensions load in the order of their names, and the probe imports the other's package.
-    probe = data / "extensions" / "zz-probe" / "scripts"
-    probe.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("probe.py"), probe)
-    (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
-    # Its usual previews come from a model that it downloads.
-    (data / "config.json").write_text(json.dumps({"show_progress_type": "Approx cheap"}))
-    target = "v" if family == "sd2" else "epsilon"
-    tiny.install(family, data / "models" / "Stable-diffusion", target)
+    tiny.install(family, data / "models" / "Stable-diffusion", "v" if family == "sd2" else "epsilon")
     tiny.install_loras(family, data / "models" / "Lora", NAMES)
-    running = Webui(Path(os.environ["WEBUI_DIR"]).resolve(), os.environ.get("WEBUI_PYTHON", sys.executable), data)
-    try:
-        running.wait()
-        asked = {"names": NAMES, "triggers": TRIGGERS, "name": "both"}
-        return family, running.ask("/probe", asked)
-    finally:
-        running.stop()
+    if family == "sdxl":
+        tiny.install_projection(data / "models" / "Lora" / "pooled.safetensors")
+    with running(data, probe=True) as webui:
+        said = webui.ask("/probe", {"names": NAMES, "triggers": TRIGGERS, "name": "both"})
+        if family == "sdxl":
+            pooled = {"names": [NAMES[0], "pooled"], "triggers": TRIGGERS, "name": "three"}
+            said["pooled"] = webui.ask("/probe", pooled)
+        return family, said | {"log": webui.log.read_text(errors="replace")}
 
 
 def test_the_host_knows_the_model(probed) -> None:
     family, said = probed
     assert said["family"] == family and said["target"] == ("v" if family == "sd2" else "epsilon")
     assert max(said["repeated"]) < 1e-4, "what was watched can be asked for again"
+
+
+def test_nothing_is_downloaded_for_previews(probed) -> None:
+    """The webui's usual ones of SDXL come from a model that it fetches when it first needs it."""
+    assert "Downloading" not in probed[1]["log"]
 
 
 def test_every_layer_takes_part_and_the_model_stays_as_it_was(probed) -> None:
@@ -68,3 +61,16 @@ def test_the_webui_loads_the_result_as_our_hooks_apply_it(probed) -> None:
     _, said = probed
     assert said["complaints"] == []
     assert min(said["effect"]) > 0.01 and max(said["apart"]) < 1e-3, said
+
+
+def test_the_text_projection_takes_part_although_the_webui_does_not_know_it(probed) -> None:
+    family, said = probed
+    if family != "sdxl":
+        return
+    name, said = "lora_te2_text_projection", said["pooled"]
+    assert name in said["layers"] and said["missing"] == [] and said["untouched"] and said["restored"]
+    assert name not in said["without_gradient"], "what it pools reaches the UNet"
+    assert len(said["complaints"]) == 1, said["complaints"]
+    assert set(re.findall(r"'(lora_[^']+)':", said["complaints"][0])) == {
+        f"{name}.{suffix}" for suffix in ("alpha", "lora_up.weight", "lora_down.weight")
+    }

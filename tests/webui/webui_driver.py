@@ -64,7 +64,7 @@ class Webui:
         """Its LoRA folder."""
         return self.data / "models" / "Lora"
 
-    def wait(self, seconds: float = 300, starts: int = 1) -> None:
+    def wait(self, seconds: float = 600, starts: int = 1) -> None:
         """Until it answers, after having started this often."""
         deadline = time.monotonic() + seconds
         while self.starts() < starts or not self._answers():

@@ -25,10 +25,10 @@ from loraclr.webui.surroundings import Listed
 class Host(Standalone):
     """The checkpoint; it can be interrupted between two blocks of its UNet, and shows what it draws."""
 
-    def __init__(self, pipeline: Any, jobs: Jobs, loras: Listing) -> None:
-        super().__init__(pipeline)
+    def __init__(self, loaded: Standalone, jobs: Jobs, loras: Listing) -> None:
+        super().__init__(loaded.pipeline, loaded.path)
         self._jobs, self._loras = jobs, loras
-        unet = pipeline.unet
+        unet = self.pipeline.unet
         for part in (unet, *unet.down_blocks, unet.mid_block, *unet.up_blocks):
             part.register_forward_pre_hook(lambda *_: jobs.check())
 
@@ -59,7 +59,7 @@ class Alone:
     ) -> None:
         self.name, self.options, self.api_auth = name, options or {}, api_auth
         self.jobs, self.loras = Jobs(), Listing(folder)
-        self._host = Host(loaded.pipeline, self.jobs, self.loras)
+        self._host = Host(loaded, self.jobs, self.loras)
 
     def folder(self) -> Path:
         return self.loras.folder
