@@ -4,8 +4,8 @@ The layerwise optimum treats layers one by one; errors add up on the way to the 
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again. A model that predicts v instead of ε is compared in v, as it was trained: at one z_t the two
-differences are the same up to a factor, Δε = √ᾱ_t Δv.
+teacher is run again. Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
+factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
 
 from __future__ import annotations
@@ -136,14 +136,23 @@ def _descend(
     """Set the factors' gradients of the mean error over the rows, which is returned; `scale` is out of them again."""
     for value in factors:
         value.grad = torch.zeros_like(value)
-    whole = 0.0
+    weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows]))
+    weights, whole = weights / weights.sum(), 0.0
     for begin in range(0, len(rows), at_once):
-        loss = error(host, banks, rows[begin : begin + at_once]).sum() / len(rows)
+        part = slice(begin, begin + at_once)
+        loss = (error(host, banks, rows[part]) * weights[part].to(host.device)).sum()
         for value, gradient in zip(factors, torch.autograd.grad(loss * scale, factors, allow_unused=True), strict=True):
             if gradient is not None:
                 value.grad += gradient / scale
         whole += loss.item()
     return whole
+
+
+def in_v(host: Host, t: Tensor) -> Tensor:
+    """What a squared difference of the host's predictions at the timesteps t (B,) is multiplied by to be one of v."""
+    if host.target == "v":
+        return torch.ones(len(t))
+    return 1 / host.alphas.cpu()[t.long().clamp(0, len(host.alphas) - 1)]
 
 
 def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
