@@ -170,7 +170,7 @@ def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
 def missed(
     host: Host, modules: Mapping[str, nn.Module], changes: Changes, banks: list[Bank], batch: int
 ) -> list[float]:
-    """How much of each bank's effect the merge misses: Σ‖ε_merged − ε_i‖² / Σ‖ε_base − ε_i‖², 0 is perfect.
+    """How much of each bank's effect the merge misses: Σ‖v_merged − v_i‖² / Σ‖v_base − v_i‖², 0 is perfect.
 
     For the last bank, the neutral one, whose teacher is the base itself, the plain mean squared difference is given.
     """
@@ -179,9 +179,10 @@ def missed(
         merged, base = [], []
         for begin in range(0, len(bank), batch):
             part = [Row(place, entry) for entry in range(begin, min(begin + batch, len(bank)))]
-            base.append(error(host, banks, part))
+            weights = in_v(host, torch.stack(bank.t[begin : begin + batch])).to(host.device)
+            base.append(error(host, banks, part) * weights)
             with applied(modules, changes):
-                merged.append(error(host, banks, part))
+                merged.append(error(host, banks, part) * weights)
         left, whole = torch.cat(merged).sum().item(), torch.cat(base).sum().item()
         results.append(left / whole if place < len(banks) - 1 and whole > 0 else left / len(bank))
     return results
