@@ -39,7 +39,7 @@ SEVERAL = 512  # pictures up to this side in pixels go through the polish severa
 #: which only few LoRAs change, 15.7 GB more.
 HELD = 10e9
 
-POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 80, "balanced": 200, "best": 800}
+POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
 
 
 class Cancelled(Exception):
