@@ -92,8 +92,12 @@ class Page(Tab):
         self.page.wait_for_function("() => typeof requestProgress == 'function'")
 
     def start(self) -> None:
-        self.before = self.said("result").evaluate("part => part.innerHTML")
+        self.expect()
         self.page.locator("#loraclr_merge").click()
+
+    def expect(self) -> None:
+        """Remember what the result says before Merge is pressed."""
+        self.before = self.said("result").evaluate("part => part.innerHTML")
 
     def finish(self, seconds: float = 900) -> str:
         """Wait until the result says something else; the bar may end a moment before that."""

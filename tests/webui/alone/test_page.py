@@ -71,6 +71,8 @@ def test_mistakes(alone: Alone, tab: Page) -> None:
 
 def test_keyboard_only(alone: Alone, tab: Page) -> None:
     """Nothing needs a mouse: choosing, naming, merging."""
+    tab.hurry()
+    tab.expect()
     keyboard = tab.page.keyboard
 
     def tab_to(part: str) -> None:
