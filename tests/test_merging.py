@@ -16,7 +16,7 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, Settings, merge, work
+from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
 
@@ -249,9 +249,10 @@ def test_progress_counts_the_pictures_of_two() -> None:
     concepts = [Concept(toy_lora(host, name, k), name) for k, name in enumerate(("tiger", "panda"), 1)]
     settings = Settings(speed="fast", steps=3, size=32, scenes=2)
     merge(host, concepts, settings, lambda *told: seen.append(told))
-    ends = [share for stage, share, _ in seen if stage == "Polishing, step 80 of 80"]
+    last = POLISH_STEPS["fast"]
+    ends = [share for stage, share, _ in seen if stage == f"Polishing, step {last} of {last}"]
     assert ends == [pytest.approx(1.0, abs=0.01)]
-    assert max(share for stage, share, _ in seen if stage == "Polishing, step 79 of 80") < 1.0
+    assert max(share for stage, share, _ in seen if stage == f"Polishing, step {last - 1} of {last}") < 1.0
     looked = [share for stage, share, _ in seen if stage == "Looking at two in one picture"]
     rows = 4 * 2 * 2 * settings.steps  # scenes, halves of each, with and without the prompt
     assert looked[-1] - looked[0] == pytest.approx(rows / work(host, concepts, settings))
