@@ -11,12 +11,13 @@ function loraclrShowRunning(running) {
     loraclrPart("buttons").classList.toggle("running", running);
 }
 
-// Follows a job, also one that was started before the page was reloaded.
-function loraclrFollow(task, patience) {
+// Follows a job, also one that another page has started; `ended` is called after its end.
+function loraclrFollow(task, patience, ended) {
     loraclrShowRunning(true);
     const end = function() {
         loraclrShowRunning(false);
         localRemove("loraclr_task_id");
+        if (ended) ended();
     };
     const panel = loraclrPart("result_panel");
     requestProgress(task, panel, panel, end, null, patience);
@@ -38,8 +39,10 @@ function loraclrInterrupt() {
     return [localGet("loraclr_task_id")];
 }
 
+let loraclrEnded = null; // the job whose result this page has not been told
+
 function loraclrRestore() {
-    return [localGet("loraclr_task_id")];
+    return [loraclrEnded];
 }
 
 function loraclrSend(prompt) {
@@ -80,6 +83,9 @@ onUiTabChange(function() {
 onOptionsAvailable(function() {
     const task = localGet("loraclr_task_id");
     if (!task || !loraclrPart("buttons")) return;
-    loraclrPart("restore").click();
-    loraclrFollow(task, 0);
+    // Asked for at the end only: while a page loads, gradio may lose a click.
+    loraclrFollow(task, 0, function() {
+        loraclrEnded = task;
+        loraclrPart("restore").click();
+    });
 });
