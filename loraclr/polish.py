@@ -133,7 +133,7 @@ class _Trained:
 def _descend(
     host: Host, banks: list[Bank], rows: list[Row], at_once: int, factors: list[Tensor], scale: float
 ) -> float:
-    """Set the factors' gradients of the mean error over the rows, which is returned; `scale` is out of them again."""
+    """Set the factors' gradients of the rows' mean error in v, which is returned; `scale` is out of them again."""
     for value in factors:
         value.grad = torch.zeros_like(value)
     weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows]))

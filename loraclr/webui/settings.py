@@ -36,7 +36,7 @@ class Form:
             value="Fast",
             label="Speed",
             info="Fast suits most merges. "
-            "Balanced and Best come closer to each LoRA alone, in about 2 and 9 times the time.",
+            "Balanced and Best come closer to each LoRA alone, and take several times as long.",
             elem_id="loraclr_speed",
         )
         with FormRow(elem_id="loraclr_basics"):
