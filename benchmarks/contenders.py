@@ -9,6 +9,7 @@ from functools import partial
 
 from loraclr import merging, methods
 from loraclr.baselines.fitting import Loop, by_reference
+from loraclr.blocks import block_weights
 from loraclr.changes import Changes, changes_of
 from loraclr.concept import Concept
 from loraclr.hosts import Host
@@ -80,6 +81,13 @@ def by_weights(method: str) -> Run:
     return run
 
 
+def by_blocks(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+    """The sum with a weight per block, the same for every LoRA: `options` are "blocks" and "scale"."""
+    weights = block_weights(options.get("blocks", "BASE=1"))
+    asked = [replace(concept, blocks=weights) for concept in concepts]
+    return _entry(methods.combine(asked, "sum", Options(rank=EVERY, scale=options.get("scale", 1.0))), options)
+
+
 def on_model(method: str, **settings) -> Run:
     """A method of `loraclr.methods` that looks at the model."""
 
@@ -108,6 +116,11 @@ def _grid(**values: Sequence) -> tuple[Mapping, ...]:
 
 
 SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5), (0.2, 0.5, 0.8)
+#: What users of block weights try first: all blocks, or only the shallow, the deep, the first or the last ones.
+BLOCKS = (
+    "BASE=1", "IN04-OUT11=0", "IN00-IN04=0 M00-OUT11=0", "M00-OUT11=0", "IN00-IN04=0 OUT08-OUT11=0",
+    "IN00-M00=0 OUT07-OUT11=0", "IN00-OUT06=0", "IN00-M00=0",
+)  # fmt: skip
 PRUNED = _grid(density=DENSITIES, scale=SCALES)
 
 #: Ours last but for the research ones, so that a table reads from worst to best.
@@ -116,6 +129,7 @@ CONTENDERS: dict[str, Contender] = {
     "single": Contender(single),
     "sum": Contender(by_weights("sum")),
     "weighted-sum": Contender(by_weights("sum"), _grid(scale=(0.2, 0.3, 0.45, 0.7, 1.0))),
+    "block-weights": Contender(by_blocks, _grid(blocks=BLOCKS, scale=(0.45, 0.7, 1.0))),
     "average": Contender(by_weights("average")),
     "factor-sum": Contender(by_weights("factor-sum")),
     "svd": Contender(by_weights("svd"), _grid(scale=SCALES)),

@@ -17,6 +17,7 @@ from benchmarks import contenders, margins, quality, results, scenes
 from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
 from loraclr import files, methods, prompts, report
+from loraclr.blocks import block
 from loraclr.lora import Layer
 from miniature.drawing import draw
 from miniature.judge import Judge
@@ -191,6 +192,15 @@ def test_a_dense_method_is_not_cut_in_the_benchmark() -> None:
     expected = methods.arithmetic.ties(deltas, 0.5)
     up, down = entry.together[name]
     torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_block_weights_leave_out_the_blocks_that_are_not_named() -> None:
+    asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
+    shallow = contenders.CONTENDERS["block-weights"].run(None, asked, 0, {"blocks": "IN04-OUT11=0", "scale": 0.5})
+    assert {block(name) for name in shallow.together} == {"BASE", "IN01", "IN02"}
+    whole = contenders.CONTENDERS["sum"].run(None, asked, 0, {})
+    for name, (up, down) in shallow.together.items():
+        torch.testing.assert_close(up @ down, 0.5 * (whole.together[name][0] @ whole.together[name][1]))
 
 
 def test_drawing_in_batches_keeps_the_noise() -> None:
