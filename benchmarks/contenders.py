@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-from loraclr import merging, methods
-from loraclr.baselines.fitting import Loop, by_reference
+from loraclr import methods
 from loraclr.blocks import block_weights
 from loraclr.changes import Changes, changes_of
 from loraclr.concept import Concept
@@ -98,11 +96,9 @@ def on_model(method: str, **settings) -> Run:
 
 
 def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
-    """The reference loop on the prompts that its code uses; `options` are fields of `Loop`."""
+    """The reference loop on the prompts that its code uses; `options` are fields of `Settings`."""
     asked = [replace(concept, prompts=REFERENCE_PROMPTS) for concept in concepts]
-    settings = Settings(**methods.METHODS["reference"].settings, seed=seed)
-    merged = merging.merge(host, asked, settings, fit=partial(by_reference, loop=Loop(**options)))
-    return _entry(merged, options)
+    return _entry(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
 
 
 def _entry(merge: Merge, options: Mapping) -> Entry:
@@ -140,7 +136,7 @@ CONTENDERS: dict[str, Contender] = {
     "orthogonal": Contender(by_weights("orthogonal")),
     "gradient-fusion": Contender(on_model("gradient-fusion")),
     "reference": Contender(reference),
-    "reference-tuned": Contender(reference, _grid(rate=(1e-3, 3e-3), steps=(300, 1000))),
+    "reference-tuned": Contender(reference, _grid(rate=(1e-3, 3e-3), iterations=(300, 1000))),
     "loraclr-closed": Contender(on_model("loraclr", speed="closed")),
     "loraclr-fast": Contender(on_model("loraclr", speed="fast")),
     "loraclr": Contender(on_model("loraclr", speed="balanced")),

@@ -42,14 +42,14 @@ def cell(host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, loop
 
 
 def run(
-    host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, steps: int, rate: float,
+    host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, iterations: int, rate: float,
     margins: Sequence[float] = MARGINS, penalties: Sequence[float] = PENALTIES,
 ) -> list[dict]:  # fmt: skip
     """Every pair of margin and penalty: [{"margin", "penalty", "identity", "identity_se"}]."""
     pairs = [(margin, penalty) for margin in margins for penalty in penalties]
     cells = []
     for margin, penalty in tqdm(pairs, desc="merging", unit="cell", file=sys.stderr):
-        loop = {"margin": margin, "penalty": penalty, "steps": steps, "rate": rate}
+        loop = {"margin": margin, "penalty": penalty, "iterations": iterations, "rate": rate}
         found = cell(host, judge, count, plan, seed, loop)
         cells.append(
             {"margin": margin, "penalty": penalty, "identity": round(found.value, 5), "identity_se": found.error}
@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser("benchmarks.margins", description=__doc__)
     options.add_argument("--count", type=int, default=4, help="LoRAs to merge (default: %(default)s)")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--steps", type=int, default=300, help="of the loop (default: %(default)s; the authors': 50)")
+    options.add_argument(
+        "--iterations", type=int, default=300, help="of the loop (default: %(default)s; the authors': 50)"
+    )
     options.add_argument(
         "--rate", type=float, default=3e-3, help="of learning (default: %(default)s; the authors': 1e-4)"
     )
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     quiet()
     cells = run(
-        open_miniature(args.device), Judge.load(), args.count, Plan(tune=4), args.seed, args.steps, args.rate
+        open_miniature(args.device), Judge.load(), args.count, Plan(tune=4), args.seed, args.iterations, args.rate
     )  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n", encoding="utf-8")

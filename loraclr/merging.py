@@ -60,6 +60,8 @@ class Settings:
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
+        margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
+            reference only; the defaults are the paper's.
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
         batch: pictures drawn at a time.
@@ -73,6 +75,10 @@ class Settings:
     binding: float = 0.5
     directions: int = 64
     ridge: float = 1e-3
+    margin: float = 0.5
+    penalty: float = 1e-3
+    iterations: int = 50
+    rate: float = 1e-4
     steps: int = 16
     guidance: float = 4.0
     size: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from loraclr import merging
 from loraclr.baselines import arithmetic
-from loraclr.baselines.fitting import by_gradient_fusion, by_reference
+from loraclr.baselines.fitting import Loop, by_gradient_fusion, by_reference
 from loraclr.changes import Changes, aligned, factors_of, layer_of
 from loraclr.concept import Concept, check_layers, check_weights
 from loraclr.factor import decompose, truncate
@@ -63,7 +64,7 @@ class Method:
     Attributes:
         text: one sentence for users.
         arithmetic: how it merges a layer by weights alone; None: it looks at the model.
-        fit: how it solves a layer that it has looked at; None: the closed form, as LoRACLR does.
+        fit: how it solves a layer that it has looked at, by the settings; None: the closed form.
         settings: what it needs otherwise than usual, if it looks at the model.
         uses_density: whether `Options.density` means anything to it.
         offered: whether users are offered it; the others are there to be compared with.
@@ -72,7 +73,7 @@ class Method:
     name: str
     text: str
     arithmetic: Arithmetic | None = None
-    fit: Fit | None = None
+    fit: Callable[[Settings], Fit] | None = None
     settings: dict = field(default_factory=dict)
     uses_density: bool = False
     offered: bool = True
@@ -80,6 +81,11 @@ class Method:
     @property
     def needs_model(self) -> bool:
         return self.arithmetic is None
+
+
+def _loop(settings: Settings) -> Loop:
+    """The paper's loop as the settings have it."""
+    return Loop(settings.iterations, settings.rate, settings.margin, settings.penalty)
 
 
 def _on_dense(merge: Callable[[Sequence[Tensor], Layerwise], Tensor]) -> Arithmetic:
@@ -110,11 +116,12 @@ _ALL = (
     Method("orthogonal", "Adds the LoRAs up after giving each inputs of its own, where few enough of them allow it.",
            lambda changes, _: arithmetic.orthogonal(changes)),
     Method("gradient-fusion", "Fits one LoRA layer by layer as Mix-of-Show does, by L-BFGS with its iterations.",
-           fit=by_gradient_fusion, settings={"speed": "closed"}),
+           fit=lambda _: by_gradient_fusion, settings={"speed": "closed"}),
     Method("factor-sum", "Adds the factors instead of the changes, as some tools do: LoRAs of one rank only.",
            lambda changes, _: arithmetic.factor_sum(changes), offered=False),
-    Method("reference", "The optimisation loop of the LoRACLR authors' code, on a dense change of each layer.",
-           fit=by_reference, settings={"speed": "closed", "guidance": 1.0, "steps": 20}, offered=False),
+    Method("reference", "Minimises the paper's contrastive objective layer by layer, as its authors' code does.",
+           fit=lambda settings: partial(by_reference, loop=_loop(settings)),
+           settings={"speed": "closed", "guidance": 1.0, "steps": 20}),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
@@ -129,7 +136,7 @@ def merge(
     """Merge with a method that looks at the model; errors as `loraclr.merging.merge`."""
     chosen = METHODS[method]
     settings = replace(settings or Settings(), **chosen.settings)
-    fit = {} if chosen.fit is None else {"fit": chosen.fit}
+    fit = {} if chosen.fit is None else {"fit": chosen.fit(settings)}
     result = merging.merge(host, concepts, settings, progress, **fit)
     result.method, result.checkpoint = method, host.checkpoint
     return result

@@ -282,6 +282,21 @@ class TestOnTheModel:
         assert missed["gradient-fusion"] == pytest.approx(missed["loraclr"], abs=0.2)
         assert 0.8 < missed["reference"] < 1.05
 
+    def test_the_reference_loop_is_as_long_and_fast_as_the_settings_say(self, monkeypatch) -> None:
+        host, loops = ToyHost(), []
+        concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("sks", "zyk"), start=1)]
+
+        def watched(weight, changes, inputs, loop):
+            loops.append(loop)
+            return torch.zeros_like(weight)
+
+        monkeypatch.setattr(fitting, "reference", watched)
+        methods.merge(host, concepts, "reference", Settings(margin=1.0, penalty=0.0, iterations=7, rate=0.5))
+        assert set(loops) == {fitting.Loop(steps=7, rate=0.5, margin=1.0, penalty=0.0)}
+        loops.clear()
+        methods.merge(host, concepts, "reference")
+        assert set(loops) == {fitting.Loop()}  # the authors' own
+
 
 class TestCombine:
     def concepts(self) -> list[Concept]:

@@ -287,7 +287,7 @@ class TestMargins:
 
         monkeypatch.setattr(margins, "reference", loop)
         cells = margins.run(bench[0], Judge.load(), 2, TINY, 0, 7, 0.5, (0.0, 1.0), (0.1,))
-        assert told == [{"margin": m, "penalty": 0.1, "steps": 7, "rate": 0.5} for m in (0.0, 1.0)]
+        assert told == [{"margin": m, "penalty": 0.1, "iterations": 7, "rate": 0.5} for m in (0.0, 1.0)]
         assert [(one["margin"], one["penalty"]) for one in cells] == [(0.0, 0.1), (1.0, 0.1)]
         lines = report.text(margins.table(cells, 2))
         assert "m = 1" in lines and f"{cells[1]['identity']:.3f}" in lines

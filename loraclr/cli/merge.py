@@ -130,8 +130,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="learn also from N pictures of two concepts for each LoRA, drawn by both (loraclr; default: 2)",
     )
+    for name, (kind, what) in LOOP.items():
+        how.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what}, of reference")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
+
+
+#: The settings of the paper's own loop.
+LOOP = {
+    "margin": (float, "the paper's m (default: 0.5)"),
+    "penalty": (float, "the paper's λ (default: 0.001)"),
+    "iterations": (int, "steps for each layer (default: 50)"),
+    "rate": (float, "learning rate (default: 0.0001)"),
+}
 
 
 def _rank(text: str) -> int | str:
@@ -179,7 +190,8 @@ def run(args: argparse.Namespace) -> int:
     if method.needs_model:
         host = prepare_host(args, concepts)
         asked = Settings(speed=args.speed or "fast", rank=args.rank, seed=args.seed)
-        asked = asked if args.scenes is None else replace(asked, scenes=args.scenes)
+        given = {name: getattr(args, name) for name in ("scenes", *LOOP) if getattr(args, name) is not None}
+        asked = replace(asked, **given)
         settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
@@ -293,12 +305,16 @@ def check_options(args: argparse.Namespace, method: Method, told: Recipe | None 
         "--density": args.density is not None and not method.uses_density,
         "--rank": args.rank is not None and method.name == "concat",
         "--scenes": args.scenes is not None and method.name != "loraclr",
+        **{f"--{name}": getattr(args, name) is not None and method.name != "reference" for name in LOOP},
     }
     for option, given in ignored.items():
         if given:
             raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
+    for name in LOOP:
+        if (value := getattr(args, name)) is not None and value < 0:
+            raise Refused(f"--{name} {value:g} is below 0: give 0 or more.")
     if method.needs_model and args.checkpoint is None and args.server is None:
         known = f" ({told.checkpoint.name})" if told and told.checkpoint else ""
         raise Refused(

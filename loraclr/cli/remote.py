@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from loraclr.cli import Refused
+from loraclr.cli.merge import LOOP
 from loraclr.cli.progress import Line, clock
 
 EVERY = 0.5  # seconds between two looks at a job
@@ -119,7 +120,7 @@ def order_of(args: argparse.Namespace) -> dict[str, Any]:
             "blocks": entry.blocks,
         }  # fmt: skip
         loras.append({"name": entry.path.as_posix(), **_said(told)})
-    settings = _said({"speed": args.speed, "rank": args.rank, "scenes": args.scenes, "seed": args.seed})
+    settings = _said({name: getattr(args, name) for name in ("speed", "rank", "scenes", "seed", *LOOP)})
     order = {"name": args.name, "replace": args.overwrite, "method": args.method, "density": args.density}
     return {"loras": loras, "settings": settings, "draw": False, **_said(order)}
 
