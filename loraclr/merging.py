@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, folding, prompts, scenes
+from loraclr import capture, diagnosis, folding, prompts, scenes
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
@@ -132,6 +132,7 @@ def merge(
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
         result.layers = run.layers()
+        result.notes += run.reasons(polished)
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
@@ -187,7 +188,8 @@ class _Run:
     def __init__(
         self, host: Host, concepts: Sequence[Concept], settings: Settings, progress: Progress, fit: Fit
     ) -> None:
-        self.host, self.settings, self.progress, self.fit = host, settings, progress, fit
+        self.host, self.concepts, self.settings = host, concepts, settings
+        self.progress, self.fit = progress, fit
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
         self.texts = _texts(concepts, settings)
@@ -393,6 +395,19 @@ class _Run:
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
+
+    def reasons(self, left: Sequence[float]) -> list[str]:
+        """Why some concepts stay weak, and what to try; `left` is what is missed of each."""
+        found = []
+        for place in range(len(self.concepts)):
+            if 1 - left[place] < diagnosis.WEAK:
+                found += diagnosis.reasons(
+                    self.host, self.modules, self.concepts, self.asked[:-1], place, self.held[place]
+                )
+        weak = any(1 - share < diagnosis.WEAK for share in left[:-1])
+        if weak and self.fit is by_closed_form and self.settings.speed != "best":
+            found.append("A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.")
+        return found
 
     def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""

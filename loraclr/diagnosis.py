@@ -1,0 +1,64 @@
+"""Diagnosis: why a concept stays weak in a merge, measured on a picture of it, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loraclr.capture import Bank, Changes, applied
+from loraclr.concept import Concept
+from loraclr.hosts import Host
+
+WEAK = 0.8  # a concept of whose effect less than this share is kept is asked about
+SILENT = 0.01  # an effect below this share of what the model predicts is none; the miniature's LoRAs have .06 to .19
+ROWS = 4  # UNet calls that are looked at
+
+
+@torch.no_grad()
+def reasons(
+    host: Host,
+    modules: Mapping[str, nn.Module],
+    concepts: Sequence[Concept],
+    asked: Sequence[Changes],
+    place: int,
+    bank: Bank,
+) -> list[str]:
+    """Sentences for the user on what stands in the way of concept `place`, and what to do about it.
+
+    On the concept's own prompt and picture, with e_j = v_j − v_base for what LoRA j alone does: the LoRA does nothing
+    with these words if ‖e_i‖² is hardly anything, and LoRA j is in its way if ‖e_j‖ > ‖e_i‖.
+
+    Args:
+        asked: each LoRA's changes.
+        bank: UNet calls of the concept's own pictures; some of them, spread over the steps, are looked at.
+    """
+    own, trigger = concepts[place].lora.name, concepts[place].trigger
+    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
+    entries = entries[:: max(1, len(entries) // ROWS)][:ROWS]
+    if not entries:
+        return []
+    x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
+    prompts = [bank.prompts[bank.prompt[entry]] for entry in entries]
+
+    def predicted(changes: Changes) -> Tensor:
+        with applied(modules, changes):
+            return host.predict(x, t, host.encode(prompts)).double()
+
+    base = predicted({})
+    effects = [float((predicted(changes) - base).square().sum()) for changes in asked]
+    if effects[place] < SILENT * float(base.square().sum()):
+        return [f'{own} hardly does anything with the words "{trigger}": check their spelling, or raise its weight.']
+    found = []
+    for other, concept in enumerate(concepts):
+        if other != place and concept.trigger and (concept.trigger in trigger or trigger in concept.trigger):
+            found.append(
+                f'{own} ("{trigger}") and {concept.lora.name} ("{concept.trigger}") are called by the same words: give '
+                "one of them words that the other lacks."
+            )
+    strongest = max(range(len(effects)), key=effects.__getitem__)
+    if strongest != place:
+        other = concepts[strongest].lora.name
+        found.append(f"{other} changes pictures of {own} more than {own} itself does: give {other} a lower weight.")
+    return found

@@ -1,0 +1,69 @@
+"""Why a concept stays weak: each sentence is there when its cause is, and not otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loraclr import capture, diagnosis, merging
+from loraclr.capture import Bank
+from loraclr.concept import Concept
+from loraclr.merging import Settings
+from tests.toy import ToyHost, toy_lora
+
+
+def reasons(host: ToyHost, concepts: list[Concept], place: int = 0) -> list[str]:
+    """Of a concept in pictures of its own."""
+    modules, asked = host.layers(), [concept.changes() for concept in concepts]
+    bank = Bank([f"a photo of a {concepts[place].trigger}", ""])
+    with capture.applied(modules, asked[place]):
+        record = capture.filing(bank, host.encode(bank.prompts))
+        with host.watch(record):
+            host.sample(bank.prompts[:1], 0, 8, 4.0, host.size, host.size)
+    return diagnosis.reasons(host, modules, concepts, asked, place, bank)
+
+
+@pytest.fixture
+def host() -> ToyHost:
+    return ToyHost()
+
+
+@pytest.fixture
+def concepts(host: ToyHost) -> list[Concept]:
+    return [Concept(toy_lora(host, name, seed), word) for seed, (name, word) in enumerate([("a", "sks"), ("b", "zyk")])]
+
+
+def test_nothing_is_said_of_concepts_that_do_not_disturb_each_other(host: ToyHost, concepts: list[Concept]) -> None:
+    concepts[1] = replace(concepts[1], weight=0.3)
+    assert reasons(host, concepts) == []
+
+
+def test_a_lora_that_does_nothing(host: ToyHost, concepts: list[Concept]) -> None:
+    concepts[0] = replace(concepts[0], weight=0.01)
+    assert reasons(host, concepts) == [
+        'a hardly does anything with the words "sks": check their spelling, or raise its weight.'
+    ]
+
+
+def test_the_same_words(host: ToyHost, concepts: list[Concept]) -> None:
+    concepts[1] = replace(concepts[1], trigger="sks dog", weight=0.3)
+    (sentence,) = reasons(host, concepts)
+    assert sentence.startswith('a ("sks") and b ("sks dog") are called by the same words')
+
+
+def test_a_stronger_lora_in_its_way(host: ToyHost, concepts: list[Concept]) -> None:
+    concepts[1] = replace(concepts[1], weight=3.0)
+    assert reasons(host, concepts) == [
+        "b changes pictures of a more than a itself does: give b a lower weight.",
+    ]
+    assert reasons(host, concepts, 1) == []
+
+
+def test_a_merge_tells_of_its_weak_concepts_only(host: ToyHost, concepts: list[Concept]) -> None:
+    loud = [concepts[0], replace(concepts[1], weight=3.0)]
+    quick = Settings(speed="closed", steps=3, scenes=0)
+    notes = merging.merge(host, loud, quick).notes
+    assert any(note.startswith("b changes pictures of a") for note in notes)
+    assert notes[-1].startswith("A slower speed")
+    assert merging.merge(host, concepts[:1], quick).notes == []  # one alone is kept whole
