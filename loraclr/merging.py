@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr import capture, diagnosis, folding, prompts, scenes
+from loraclr.alignment import alignment
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
@@ -133,6 +134,7 @@ def merge(
         result.seconds["polish"] = run.lap()
         result.layers = run.layers()
         result.notes += run.reasons(polished)
+        result.alignment = run.alignment()
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
@@ -408,6 +410,13 @@ class _Run:
         if weak and self.fit is by_closed_form and self.settings.speed != "best":
             found.append("A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.")
         return found
+
+    def alignment(self) -> dict[str, dict[str, float]]:
+        """For each concept how near the merged layers come to its own, by kind of layer."""
+        return {
+            concept.lora.name: alignment(self.host, self.modules, self.asked[place], self.merged, self.held[place])
+            for place, concept in enumerate(self.concepts)
+        }
 
     def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""

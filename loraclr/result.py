@@ -31,6 +31,8 @@ class Merge:
         method: its name in `loraclr.methods`.
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
             (0 is perfect), after the closed form and after the polish.
+        alignment: per concept name and kind of layer how near the merged change comes to its own (1: the same), see
+            `loraclr.alignment`.
         seconds: wall-clock time by stage.
         checkpoint: the model that it was made for; None if none was looked at.
         words: the embeddings that the LoRAs bring along.
@@ -43,6 +45,7 @@ class Merge:
     method: str = "loraclr"
     layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    alignment: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)

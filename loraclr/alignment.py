@@ -1,0 +1,71 @@
+"""Alignment: how near every layer's output comes to what a concept's own LoRA makes of it, by kind of layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loraclr.capture import NORMS, Bank, Changes, applied, is_cross_kv, is_text, observed
+from loraclr.hosts import Host
+from loraclr.solve import Factors
+
+ROWS = 4  # UNet calls that are looked at
+
+TEXT, WORDS, ATTENTION, FEED_FORWARD, OTHER = KINDS = (
+    "text encoder", "cross-attention k, v", "attention", "feed-forward", "other layers",
+)  # fmt: skip
+
+
+def kind(name: str) -> str:
+    """The kind of layer, one of `KINDS`."""
+    if is_text(name):
+        return TEXT
+    if is_cross_kv(name):
+        return WORDS
+    return ATTENTION if "_attn" in name else FEED_FORWARD if "_ff_" in name else OTHER
+
+
+@torch.no_grad()
+def alignment(
+    host: Host, modules: Mapping[str, nn.Module], own: Changes, merged: Changes, bank: Bank
+) -> dict[str, float]:
+    """For each kind of layer 1 − Σ‖x(ΔW − ΔW_i)ᵀ‖² / Σ‖xΔW_iᵀ‖² over its layers, the positive term of Eq. 1 in shares.
+
+    1: the merged change does there what the concept's own does; 0: as far off as no change; below 0: further.
+
+    Args:
+        own: the concept's changes ΔW_i, which are applied while the inputs x are taken.
+        merged: the merged changes ΔW.
+        bank: UNet calls of the concept's own pictures; some of them, spread over the steps, are looked at.
+    """
+    wanted, missed = defaultdict(float), defaultdict(float)
+
+    def tell(name: str, rows: Tensor) -> None:
+        asked, found = _output(own.get(name), rows), _output(merged.get(name), rows)
+        wanted[kind(name)] += float(asked.square().sum()) if asked is not None else 0.0
+        difference = found if asked is None else asked if found is None else found - asked
+        missed[kind(name)] += float(difference.square().sum())
+
+    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
+    entries = entries[:: max(1, len(entries) // ROWS)][:ROWS]
+    if not entries:
+        return {}
+    x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
+    changed = {name: modules[name] for name in {**own, **merged} if not isinstance(modules[name], NORMS)}
+    with applied(modules, own), observed(changed, tell):
+        host.predict(x, t, host.encode([bank.prompts[bank.prompt[entry]] for entry in entries]))
+    return {name: 1 - missed[name] / wanted[name] for name in KINDS if wanted[name] > 0}
+
+
+def _output(change: Factors | None, rows: Tensor) -> Tensor | None:
+    """What a change adds to a layer's output for rows (B, tokens, d), in float32."""
+    if change is None:
+        return None
+    up, down = (factor.to(rows.device, torch.float32) for factor in change)
+    rows = F.pad(rows.float(), (0, down.shape[1] - rows.shape[-1]), value=1.0)  # the 1 that a bias is multiplied by
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ down.T @ up.T
