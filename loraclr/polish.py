@@ -4,14 +4,16 @@ The layerwise optimum treats layers one by one; errors add up on the way to the 
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again. Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
+teacher is run again. Guidance puts a prompt's prediction and the one without a prompt together as u + g (c − u), which
+makes errors that differ larger and errors that are alike cancel; so a share of the loss is on this guided prediction.
+Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
 factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,23 @@ class Row:
 
     bank: int
     entry: int
+
+
+def together(bank: Bank) -> list[tuple[int, ...]]:
+    """The entries of a bank in pairs that guidance puts together, with the prompt and without, of one z_t and t.
+
+    An entry that has no partner is alone.
+    """
+    empty = {place for place, prompt in enumerate(bank.prompts) if not prompt}
+    key = [(float(t), x.numpy().tobytes()) for t, x in zip(bank.t, bank.x, strict=True)]
+    without = {key[entry]: entry for entry, prompt in enumerate(bank.prompt) if prompt in empty}
+    pairs = [
+        (entry, without[key[entry]])
+        for entry, prompt in enumerate(bank.prompt)
+        if prompt not in empty and key[entry] in without
+    ]
+    paired = {entry for pair in pairs for entry in pair}
+    return pairs + [(entry,) for entry in range(len(bank)) if entry not in paired]
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +74,8 @@ def polish(
     tick: Callable[[int, float], None],
     at_once: int | None = None,
     whitenings: Mapping[str, Whitening] | None = None,
+    guidance: float = 1.0,
+    guided: float = 0.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train the factors for `steps` steps and return them.
 
@@ -64,9 +85,11 @@ def polish(
         banks: what to learn from, one for each concept and last the neutral one.
         shares: how much of a batch comes from each bank, relative.
         batch: rows in a step.
-        at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients.
+        at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients,
+            but that a single one cannot be guided.
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
         whitenings: of the layers' inputs; a layer without one is trained as it is.
+        guidance, guided: g, and the share of the loss that is on the guided prediction.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
@@ -78,17 +101,19 @@ def polish(
 
     weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
+    units = [together(bank) for bank in banks]
     first, scale = None, LOSS_SCALE
     for step in range(steps):
-        chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
-        rows = [Row(b, int(torch.randint(len(banks[b]), (1,), generator=generator))) for b in chosen]
+        chosen = torch.multinomial(weights, max(1, batch // 2), replacement=True, generator=generator).tolist()
+        picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
+        rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()
         with torch.enable_grad(), applied(modules, live):
             leaves = [value for pair in live.values() for value in pair]
-            loss = _descend(host, banks, rows, at_once or batch, leaves, scale)
+            loss = _descend(host, banks, rows, at_once or batch, leaves, scale, guidance, guided)
         trained.descend(live)
         norm = nn.utils.clip_grad_norm_(factors, 1.0)
         if norm.isfinite():
@@ -131,21 +156,46 @@ class _Trained:
 
 
 def _descend(
-    host: Host, banks: list[Bank], rows: list[Row], at_once: int, factors: list[Tensor], scale: float
+    host: Host,
+    banks: list[Bank],
+    units: Sequence[tuple[Row, ...]],
+    at_once: int,
+    factors: list[Tensor],
+    scale: float,
+    guidance: float,
+    guided: float,
 ) -> float:
     """Set the factors' gradients of the rows' mean error in v, which is returned; `scale` is out of them again."""
     for value in factors:
         value.grad = torch.zeros_like(value)
-    weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows]))
-    weights, whole = weights / weights.sum(), 0.0
-    for begin in range(0, len(rows), at_once):
-        part = slice(begin, begin + at_once)
-        loss = (error(host, banks, rows[part]) * weights[part].to(host.device)).sum()
+    if at_once < 2:
+        units = [(row,) for unit in units for row in unit]
+    times = torch.stack([banks[unit[0].bank].t[unit[0].entry] for unit in units])
+    weights, whole = in_v(host, times) * torch.tensor([float(len(unit)) for unit in units]), 0.0
+    weights = (weights / weights.sum()).to(host.device)
+    step = max(1, at_once // max(map(len, units)))
+    for begin in range(0, len(units), step):
+        part = units[begin : begin + step]
+        differences = difference(host, banks, [row for unit in part for row in unit]).split(
+            [len(unit) for unit in part]
+        )
+        losses = torch.stack([_loss(one, guidance, guided) for one in differences])
+        loss = (losses * weights[begin : begin + step]).sum()
         for value, gradient in zip(factors, torch.autograd.grad(loss * scale, factors, allow_unused=True), strict=True):
             if gradient is not None:
                 value.grad += gradient / scale
         whole += loss.item()
     return whole
+
+
+def _loss(unit: Tensor, guidance: float, guided: float) -> Tensor:
+    """The mean squared difference of one row (1, 4, h, w), or of two and of what guidance makes of them."""
+    plain = unit.square().mean()
+    if len(unit) < 2:
+        return plain
+    # Divided by what independent errors grow by, so that the two parts are of one size.
+    both = (guidance * unit[0] - (guidance - 1) * unit[1]).square().mean() / (guidance**2 + (guidance - 1) ** 2)
+    return (1 - guided) * plain + guided * both
 
 
 def in_v(host: Host, t: Tensor) -> Tensor:
@@ -157,13 +207,18 @@ def in_v(host: Host, t: Tensor) -> Tensor:
 
 def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
     """Mean squared difference (B,) between what the host predicts now and the rows' teachers."""
+    return difference(host, banks, rows).square().flatten(1).mean(1)
+
+
+def difference(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
+    """What the host predicts now less the rows' teachers (B, 4, h, w)."""
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))
     context = host.encode(unique)[[unique.index(text) for text in texts]]
     x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context.tokens)
     t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(x.device)
     teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device)
-    return (host.predict(x, t, context).float() - teacher).square().flatten(1).mean(1)
+    return host.predict(x, t, context).float() - teacher
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts import Context
-from loraclr.polish import balanced, missed, polish
+from loraclr.polish import _loss, balanced, missed, polish, together
 
 
 def bank_of(host: ToyHost, changes, prompts: list[str]) -> Bank:
@@ -52,6 +52,36 @@ def test_a_perfect_start_misses_nothing_and_no_change_misses_all() -> None:
     assert missed(host, host.layers(), changes, banks, 5)[0] < 1e-9
     assert abs(missed(host, host.layers(), {}, banks, 5)[0] - 1) < 1e-6
     assert missed(host, host.layers(), {}, banks, 5)[1] < 1e-12
+
+
+def test_entries_of_one_noise_go_together() -> None:
+    host = ToyHost()
+    bank = bank_of(host, {}, ["a dog", "a cat"])
+    pairs = together(bank)
+    assert len(pairs) == len(bank) // 2
+    assert sorted(entry for pair in pairs for entry in pair) == list(range(len(bank)))
+    for told, untold in pairs:
+        assert bank.prompts[bank.prompt[told]] and not bank.prompts[bank.prompt[untold]]
+        assert torch.equal(bank.x[told], bank.x[untold]) and bank.t[told] == bank.t[untold]
+
+
+def test_an_entry_without_partner_is_alone() -> None:
+    bank = Bank(["a dog", ""])
+    bank.add(torch.zeros(4, 2, 2), torch.tensor(1.0), 0, torch.zeros(4, 2, 2))
+    bank.add(torch.ones(4, 2, 2), torch.tensor(1.0), 1, torch.zeros(4, 2, 2))
+    assert together(bank) == [(0,), (1,)]
+
+
+def test_the_guided_loss_against_its_definition() -> None:
+    torch.manual_seed(0)
+    told, untold, teachers = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    unit = torch.stack([told[0] - teachers[0], untold[0] - teachers[1]])
+    mine, its = untold[0] + 4 * (told[0] - untold[0]), teachers[1] + 4 * (teachers[0] - teachers[1])
+    assert torch.allclose(_loss(unit, 4.0, 1.0), (mine - its).square().mean() / 25)
+    assert torch.allclose(_loss(unit, 4.0, 0.0), unit.square().mean())
+    assert torch.allclose(_loss(unit[:1], 4.0, 1.0), unit[0].square().mean())
+    same = unit[:1].expand(2, -1, -1, -1)  # what is wrong alike with and without the prompt is not made larger
+    assert torch.allclose(_loss(same, 4.0, 1.0), unit[0].square().mean() / 25)
 
 
 def run(host: ToyHost, steps: int = 30):
