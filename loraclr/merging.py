@@ -396,10 +396,19 @@ class _Run:
                     self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
                     lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                     1 if self.size > SEVERAL else None,
-                    self.whitenings, self.settings.guidance, self.settings.guided,
+                    self.whitenings, self.settings.guidance, self.settings.guided, self.held_out(norms),
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
+
+    def held_out(self, norms: Changes) -> Callable[[Changes], float]:
+        """What factors miss of the concepts' effects on the pictures kept aside, on some of their rows, on average."""
+        some = [bank.thinned(3) for bank in self.held]
+
+        def missing(factors: Changes) -> float:
+            return sum(missed(self.host, self.modules, norms | factors, some, self.rows)[:-1])
+
+        return missing
 
     def reasons(self, left: Sequence[float]) -> list[str]:
         """Why some concepts stay weak, and what to try; `left` is what is missed of each."""

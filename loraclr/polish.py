@@ -24,6 +24,8 @@ from loraclr.hosts import Host
 from loraclr.whitening import Whitening
 
 RATE = 0.02  # learning rate of a factor relative to its own root mean square
+CHECK = 100  # steps between two looks at what was kept out
+PATIENCE = 2  # looks in a row that may be worse than the best before a run ends
 LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
@@ -76,8 +78,9 @@ def polish(
     whitenings: Mapping[str, Whitening] | None = None,
     guidance: float = 1.0,
     guided: float = 0.0,
+    held_out: Callable[[Changes], float] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Train the factors for `steps` steps and return them.
+    """Train the factors for `steps` steps and return them: those with which least is missed of what was kept out.
 
     The down factors are trained in the coordinates in which their layer's inputs are white (`loraclr.whitening`).
 
@@ -90,6 +93,8 @@ def polish(
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
         whitenings: of the layers' inputs; a layer without one is trained as it is.
         guidance, guided: g, and the share of the loss that is on the guided prediction.
+        held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps; a run that gets
+            worse there ends early.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
@@ -103,6 +108,7 @@ def polish(
     generator = torch.Generator().manual_seed(seed)
     units = [together(bank) for bank in banks]
     first, scale = None, LOSS_SCALE
+    best, least, worse = None, math.inf, 0
     for step in range(steps):
         chosen = torch.multinomial(weights, max(1, batch // 2), replacement=True, generator=generator).tolist()
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
@@ -122,7 +128,13 @@ def polish(
             scale = max(1.0, scale / 8)
         first = first or loss
         tick(step + 1, loss / max(first, 1e-20))
-    return {name: (up.detach(), down.detach()) for name, (up, down) in trained.live().items()}
+        if held_out and (step + 1) % CHECK == 0:
+            found = trained.found()
+            missing = held_out(found)
+            best, least, worse = (found, missing, 0) if missing < least else (best, least, worse + 1)
+            if worse >= PATIENCE:
+                break
+    return best or trained.found()
 
 
 class _Trained:
@@ -145,6 +157,10 @@ class _Trained:
             name: (up.detach().requires_grad_(), down.detach().requires_grad_())
             for name, (up, down) in zip(self.names, values, strict=True)
         }
+
+    def found(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors by layer name, as they are now."""
+        return {name: (up.detach().clone(), down.detach().clone()) for name, (up, down) in self.live().items()}
 
     @torch.no_grad()
     def descend(self, live: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -8,7 +8,7 @@ from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts import Context
-from loraclr.polish import _loss, balanced, missed, polish, together
+from loraclr.polish import CHECK, _loss, balanced, missed, polish, together
 
 
 def bank_of(host: ToyHost, changes, prompts: list[str]) -> Bank:
@@ -133,3 +133,33 @@ def test_rows_one_by_one_teach_the_same() -> None:
     for name, pair in whole.items():
         for a, b in zip(pair, single[name], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class TestHeldOut:
+    def told(self, scores: list[float]) -> tuple[int, list, dict]:
+        """How many steps a run takes whose held-out looks give these scores, what was looked at, and what came out."""
+        host, looked, ticks = ToyHost(), [], []
+        layers, rest = host.layers(), iter(scores)
+        teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
+        banks = [bank_of(host, teacher, ["a sks"]), bank_of(host, {}, ["a dog"])]
+
+        def held_out(found) -> float:
+            looked.append(found)
+            return next(rest)
+
+        result = polish(
+            host, layers, start, banks, [1.0, 0.3], 5 * CHECK, 2, 0, lambda *tick: ticks.append(tick), held_out=held_out
+        )
+        return len(ticks), looked, result
+
+    def test_a_run_that_gets_worse_ends_and_its_best_is_kept(self) -> None:
+        steps, looked, result = self.told([0.3, 0.2, 0.25, 0.21, 0.0])
+        assert steps == 4 * CHECK
+        name = next(iter(result))
+        assert torch.equal(result[name][0], looked[1][name][0])
+        assert not torch.equal(result[name][0], looked[0][name][0])
+
+    def test_a_run_that_gets_better_again_goes_on(self) -> None:
+        steps, looked, result = self.told([0.3, 0.4, 0.2, 0.25, 0.1])
+        assert steps == 5 * CHECK
+        assert torch.equal(*(each[next(iter(result))][1] for each in (result, looked[-1])))
