@@ -40,7 +40,14 @@ SEVERAL = 512  # pictures up to this side in pixels go through the polish severa
 #: which only few LoRAs change, 15.7 GB more.
 HELD = 10e9
 
+#: Steps of the polish for up to `FEW` concepts.
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
+FEW = 4
+
+
+def polish_steps(speed: Speed, concepts: int) -> int:
+    """Steps of the polish: of many concepts each is learnt from as often as of few."""
+    return POLISH_STEPS[speed] * max(FEW, concepts) // FEW
 
 
 class Cancelled(Exception):
@@ -52,7 +59,7 @@ class Settings:
     """How to merge; the defaults are for every number and kind of LoRAs.
 
     Attributes:
-        speed: how long to polish (POLISH_STEPS).
+        speed: how long to polish (`polish_steps`).
         rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
             the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
@@ -157,7 +164,7 @@ def _work(
     """
     again = (passes - 1) * sum(map(len, texts))
     drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
-    return drawn, 1.1 * drawn + 3 * rows * POLISH_STEPS[settings.speed]
+    return drawn, 1.1 * drawn + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
@@ -380,7 +387,8 @@ class _Run:
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""
-        steps, concepts = POLISH_STEPS[self.settings.speed], len(self.banks) - 1
+        concepts = len(self.banks) - 1
+        steps = polish_steps(self.settings.speed, concepts)
         before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before

@@ -16,7 +16,7 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, work
+from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, polish_steps, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
 
@@ -187,6 +187,11 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
                   for kind, c in (("base", {}), ("sum", total), ("merged", merged))}  # fmt: skip
         assert missed["merged"] < 0.8 * missed["base"]
         assert missed["merged"] < 0.8 * missed["sum"]
+
+
+def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
+    assert [polish_steps("fast", count) for count in (1, 2, 4, 5, 8, 12)] == [64, 64, 64, 80, 128, 192]
+    assert [polish_steps("closed", count) for count in (2, 12)] == [0, 0]
 
 
 def test_polish_lowers_what_is_missed_and_the_model_stays_bit_identical() -> None:
