@@ -345,7 +345,8 @@ class TestByWeightsAlone:
         share = 1 - float((delta - layer.delta()).square().sum() / delta.square().sum())
         told = json.loads(merged.metadata["loraclr.recipe"])["kept"]
         assert told == {UNET: pytest.approx(share, abs=1e-4)} and 0.5 < share < 0.9999
-        assert f"The rank keeps {share:.1%} of a layer's change on average, {share:.1%} in the worst ({UNET})." in said
+        share = f"{100 * share:.1f} %"
+        assert f"The rank keeps {share} of a layer's change on average, {share} in the worst ({UNET})." in said
         energies = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
         assert layer.rank == (int((energies < 0.995).sum()) + 1 if rank == "auto" else 2)
 

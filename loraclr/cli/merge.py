@@ -420,9 +420,9 @@ def summary(merge: Merge, output: Path) -> str:
     for name, (_, missed) in merge.missed.items():
         lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
     if merge.kept:
-        least, mean = min(merge.kept, key=merge.kept.get), sum(merge.kept.values()) / len(merge.kept)
+        worst = min(merge.kept, key=merge.kept.get)
+        mean, least = 100 * sum(merge.kept.values()) / len(merge.kept), 100 * merge.kept[worst]
         lines.append(
-            f"  The rank keeps {mean:.1%} of a layer's change on average, {merge.kept[least]:.1%} in the worst "
-            f"({least})."
+            f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
         )
     return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])
