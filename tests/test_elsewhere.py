@@ -157,7 +157,8 @@ def test_kohya_loads_every_key(checkout, tmp_path, family) -> None:
         if len(shape) > 1 and not name.removeprefix("lora_unet_").startswith(ENDS) and "text_projection" not in name
     }
     layers = {name: random_layer(shape, 2 + number % 3) for number, (name, shape) in enumerate(there.items())}
-    path = written(tmp_path, family, layers)
+    biased = next(reversed(layers))  # such layers it passes over, with their ΔW
+    path = written(tmp_path, family, layers | {biased: random_layer(there[biased], 2, bias=True)})
     with torch.device("meta"):
         unet = (
             importlib.import_module("library.sdxl_original_unet").SdxlUNet2DConditionModel()
@@ -170,7 +171,9 @@ def test_kohya_loads_every_key(checkout, tmp_path, family) -> None:
     network.apply_to(texts, unet, True, True)
     result = network.load_state_dict(tensors, False)
     assert result.missing_keys == []
-    assert [key for key in result.unexpected_keys if not key.startswith("bundle_emb.")] == []
+    unexpected = {key for key in result.unexpected_keys if not key.startswith("bundle_emb.")}
+    assert unexpected == {f"{biased}.diff", f"{biased}.diff_b"}
+    del layers[biased]
     theirs = {module.lora_name: module for module in [*network.text_encoder_loras, *network.unet_loras]}
     assert theirs.keys() == layers.keys()
     for name in list(layers)[::25]:
