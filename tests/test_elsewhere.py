@@ -27,7 +27,7 @@ from loraclr import keys
 from loraclr.changes import is_text
 from loraclr.concept import Concept
 from loraclr.formats import Norm
-from loraclr.lora import Layer, LoRA
+from loraclr.lora import Layer, LoRA, parse
 from loraclr.merging import Settings
 from loraclr.result import Merge, write
 
@@ -178,6 +178,25 @@ def test_kohya_loads_every_key(checkout, tmp_path, family) -> None:
     assert theirs.keys() == layers.keys()
     for name in list(layers)[::25]:
         compared(layers[name].delta(), theirs[name].get_weight())
+
+
+@pytest.mark.parametrize("checkout", ["SD_SCRIPTS_DIR"], indirect=True)
+@pytest.mark.parametrize("alpha", [1e-3, 0.5])
+@pytest.mark.parametrize("conv", [False, True])
+def test_kohyas_own_oft_is_read(checkout, alpha: float, conv: bool) -> None:
+    torch.manual_seed(0)
+    path = (
+        "down_blocks_0_attentions_0_proj_in" if conv else "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    )
+    layer = nn.Conv2d(8, 12, 1) if conv else nn.Linear(8, 12)
+    before = layer.weight.detach().clone()
+    module = importlib.import_module("networks.oft").OFTInfModule(f"oft_unet_{path}", layer, 1.0, 4, alpha)
+    nn.init.normal_(module.oft_blocks)
+    tensors = {f"oft_unet_{path}.{key}": tensor.detach() for key, tensor in module.state_dict().items()}
+    ours = parse(tensors, {}, "oft").layers[f"lora_unet_{path}"].delta(before)
+    module.merge_to(1.0)
+    theirs = layer.weight.detach() - before
+    assert theirs.norm() > 1e-3 * before.norm() and (ours - theirs).norm() <= 1e-5 * before.norm()
 
 
 def text_encoder(part: str, width: int, heads: int, layers: int, open_clip: bool) -> nn.Module:
