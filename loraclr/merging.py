@@ -17,7 +17,7 @@ from loraclr.alignment import alignment
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
-from loraclr.factor import Rank, truncate
+from loraclr.factor import Rank, kept, truncate
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.lora import Layer
@@ -141,7 +141,7 @@ def merge(
         result.seconds["capture"] += run.lap()
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
-        result.layers = run.layers()
+        result.layers, result.kept = run.layers(), run.kept
         result.notes += run.reasons(polished)
         result.alignment = run.alignment()
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
@@ -223,6 +223,7 @@ class _Run:
         self.statistics: dict[str, Statistics | NormStatistics] = {}
         self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
         self.whitens = settings.directions > 0 and POLISH_STEPS[settings.speed] > 0
         self.banks: list[Bank] = []
@@ -375,7 +376,9 @@ class _Run:
             if isinstance(statistics, NormStatistics):
                 pass  # has no rank
             elif self.settings.rank is not None:
-                up, down = truncate(up, down, self.settings.rank, statistics.gram)
+                cut = truncate(up, down, self.settings.rank, statistics.gram)
+                self.kept[name] = kept(up, down, *cut, statistics.gram)
+                up, down = cut
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()

@@ -328,6 +328,10 @@ def test_auto_takes_the_rank_that_each_layer_needs() -> None:
     small = merge(host, concepts, replace(CLOSED, rank="auto"))
     ranks = {name: (layer.rank, exact.layers[name].rank) for name, layer in small.layers.items()}
     assert all(ours <= most for ours, most in ranks.values()) and any(ours < most for ours, most in ranks.values())
+    assert small.kept.keys() == small.layers.keys() and exact.kept == {}
+    assert all(0.995 <= share <= 1 + 1e-9 for share in small.kept.values())
+    assert any(small.kept[name] < 0.9999 for name, (ours, most) in ranks.items() if ours < most)
+    assert small.recipe()["kept"] == {name: round(share, 4) for name, share in small.kept.items()}
 
 
 def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:
