@@ -74,8 +74,10 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
         return FileResponse(path)
 
     blocks = page()
-    many = {"concurrency_count": 16} if gr.__version__.startswith("3.") else {"default_concurrency_limit": 16}
-    blocks.queue(api_open=False, **many)
+    # Version 3's queue asks its own server by httpx, which since 0.27 gives an answer 5 s: a longer merge's was lost.
+    # Without it each event is a request of the page's own.
+    if not gr.__version__.startswith("3."):
+        blocks.queue(api_open=False, default_concurrency_limit=16)
     gr.mount_gradio_app(whole, blocks, path="/")
     for route in whole.routes:
         if isinstance(getattr(route, "app", None), FastAPI):  # gradio's; version 3 lets pages of any site ask it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -42,12 +43,13 @@ def test_what_a_webui_has_is_not_there(tab: Page) -> None:
 def test_progress_and_interrupt(alone: Alone, tab: Page) -> None:
     """The bar tells stage, share and time left; a reloaded page has it again; Interrupt ends the job soon."""
     files = alone.files()
+    tab.hurry(closed=False)
     tab.choose(TIGER, PANDA)
     tab.page.locator("#loraclr_speed").get_by_text("Best", exact=True).click()
     tab.start()
     bar = tab.page.locator("#loraclr_results .progressDiv")
     bar.get_by_text("left").wait_for()
-    assert "Looking at" in bar.text_content()
+    assert re.fullmatch(r"(Looking at|Fitting|Polishing).*: \d+%, \d+:\d\d left", bar.text_content())
     tab.page.reload()
     tab.open()
     bar.get_by_text("left").wait_for()
@@ -57,6 +59,71 @@ def test_progress_and_interrupt(alone: Alone, tab: Page) -> None:
     print(f"interrupted after {time.monotonic() - since:.1f} s")
     tab.said("result").get_by_text("interrupted").wait_for()
     assert alone.files() == files
+
+
+def test_a_long_merge(tab: Page) -> None:
+    """Its result is shown, too: gradio 3's own queue forgets what takes longer than 5 s."""
+    tab.hurry(closed=False)
+    tab.page.locator("#loraclr_speed").get_by_text("Balanced", exact=True).click()
+    tab.choose(TIGER, PANDA)
+    tab.name("long")
+    since = time.monotonic()
+    tab.start()
+    assert "long is ready" in tab.finish()
+    assert time.monotonic() - since > 6
+
+
+def test_a_broken_connection(alone: Alone, tab: Page) -> None:
+    """The answer to the click is lost; the page asks for the result when it can."""
+    tab.hurry(closed=False)
+    tab.choose(TIGER, PANDA)
+    tab.name("lost")
+    tab.start()
+    tab.page.locator("#loraclr_results .progressDiv").get_by_text("%").wait_for()
+    tab.browser.set_offline(True)
+    for _ in range(600):
+        if "lost.preview.png" in alone.files():
+            break
+        time.sleep(0.5)
+    tab.page.wait_for_timeout(3000)
+    assert "lost is ready" not in tab.said("result").inner_text()
+    tab.browser.set_offline(False)
+    assert "lost is ready" in tab.finish()
+    assert tab.prompt.startswith("<lora:lost:1> ")
+    assert all("ERR_INTERNET_DISCONNECTED" in line for line in tab.console), tab.console
+    tab.console.clear()
+
+
+def test_an_earlier_merge(alone: Alone, tab: Page) -> None:
+    """Its settings come back; a LoRA that is gone since is named."""
+    tab.hurry()
+    tab.choose(TIGER, PANDA)
+    tab.page.locator("#loraclr_draw input").uncheck()
+    tab.name("kept")
+    tab.start()
+    tab.finish()
+    tab.page.locator("#loraclr_remove_1").click()
+    tab.settle()
+    panda = alone.loras / f"{PANDA}.safetensors"
+    away = panda.rename(panda.with_suffix(".away"))
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+        tab.page.reload()
+        tab.open()
+        tab.page.locator("#loraclr_history > .label-wrap").click()
+        tab.page.locator("#loraclr_load").click()
+        about = tab.said("merged_about")
+        about.get_by_text("Choose one of the merged LoRAs first.").wait_for()
+        tab.page.locator("#loraclr_merged input").click()
+        tab.page.locator('#loraclr_merged ul.options li[aria-label="kept"]').click()
+        tab.settle()
+        tab.page.locator("#loraclr_load").click()
+        about.get_by_text(f"No longer in the LoRA folder: {PANDA}.safetensors.").wait_for()
+        tab.settle()
+        assert tab.names() == [TIGER]
+    finally:
+        away.rename(panda)
 
 
 def test_mistakes(alone: Alone, tab: Page) -> None:
