@@ -49,16 +49,20 @@ def reasons(
     base = predicted({})
     effects = [float((predicted(changes) - base).square().sum()) for changes in asked]
     if effects[place] < SILENT * float(base.square().sum()):
-        return [f'{own} hardly does anything with the words "{trigger}": check their spelling, or raise its weight.']
+        return [
+            f'With "{trigger}", {own} hardly does anything: check the spelling of these words, or raise its weight.'
+        ]
     found = []
     for other, concept in enumerate(concepts):
         if other != place and concept.trigger and (concept.trigger in trigger or trigger in concept.trigger):
             found.append(
-                f'{own} ("{trigger}") and {concept.lora.name} ("{concept.trigger}") are called by the same words: give '
-                "one of them words that the other lacks."
+                f'The words of {own} ("{trigger}") and {concept.lora.name} ("{concept.trigger}") are the same: '
+                "give one of them words of its own."
             )
     strongest = max(range(len(effects)), key=effects.__getitem__)
     if strongest != place:
         other = concepts[strongest].lora.name
-        found.append(f"{other} changes pictures of {own} more than {own} itself does: give {other} a lower weight.")
+        found.append(
+            f"Pictures of {own} are changed more by {other} than by {own} itself: give {other} a lower weight."
+        )
     return found

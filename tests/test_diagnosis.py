@@ -42,20 +42,20 @@ def test_nothing_is_said_of_concepts_that_do_not_disturb_each_other(host: ToyHos
 def test_a_lora_that_does_nothing(host: ToyHost, concepts: list[Concept]) -> None:
     concepts[0] = replace(concepts[0], weight=0.01)
     assert reasons(host, concepts) == [
-        'a hardly does anything with the words "sks": check their spelling, or raise its weight.'
+        'With "sks", a hardly does anything: check the spelling of these words, or raise its weight.'
     ]
 
 
 def test_the_same_words(host: ToyHost, concepts: list[Concept]) -> None:
     concepts[1] = replace(concepts[1], trigger="sks dog", weight=0.3)
     (sentence,) = reasons(host, concepts)
-    assert sentence.startswith('a ("sks") and b ("sks dog") are called by the same words')
+    assert sentence.startswith('The words of a ("sks") and b ("sks dog") are the same')
 
 
 def test_a_stronger_lora_in_its_way(host: ToyHost, concepts: list[Concept]) -> None:
     concepts[1] = replace(concepts[1], weight=3.0)
     assert reasons(host, concepts) == [
-        "b changes pictures of a more than a itself does: give b a lower weight.",
+        "Pictures of a are changed more by b than by a itself: give b a lower weight.",
     ]
     assert reasons(host, concepts, 1) == []
 
@@ -64,6 +64,6 @@ def test_a_merge_tells_of_its_weak_concepts_only(host: ToyHost, concepts: list[C
     loud = [concepts[0], replace(concepts[1], weight=3.0)]
     quick = Settings(speed="closed", steps=3, scenes=0)
     notes = merging.merge(host, loud, quick).notes
-    assert any(note.startswith("b changes pictures of a") for note in notes)
+    assert any(note.startswith("Pictures of a are changed more by b") for note in notes)
     assert notes[-1].startswith("A slower speed")
     assert merging.merge(host, concepts[:1], quick).notes == []  # one alone is kept whole

@@ -13,6 +13,7 @@ from string import Formatter
 import pytest
 
 from loraclr.methods import METHODS
+from loraclr.webui import language
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
@@ -111,3 +112,17 @@ def test_what_the_core_says_is_still_what_it_says() -> None:
 def test_the_languages() -> None:
     """Chinese, Japanese and German, under the names that the webui's other translations have."""
     assert {file.stem for file in LANGUAGES} >= {"zh_CN", "ja_JP", "de_DE"}
+
+
+def test_a_sentence_of_the_core_is_retold_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        def option(self, name: str, default: str) -> str:
+            return {"localization": "de_DE"}.get(name, default)
+
+    monkeypatch.setattr(language, "here", Here)
+    told = language.retell(
+        "Pictures of ink are changed more by tiger 2 than by ink itself: give tiger 2 a lower weight."
+    )
+    assert told == "Bilder von ink ändert tiger 2 stärker als ink selbst: tiger 2 ein kleineres Gewicht geben."
+    unknown = "Pictures of ink are changed more by tiger than by pen itself: give tiger a lower weight."
+    assert language.retell(unknown) == unknown

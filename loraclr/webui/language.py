@@ -24,6 +24,10 @@ CORE = (
     "Drawing {name}",
     "The word {old} of {name} is called {new} in the merged file.",
     "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
+    'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
+    'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
+    "Pictures of {name} are changed more by {other} than by {name} itself: give {other} a lower weight.",
+    "A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.",
     "{name}.json holds notes of yours and stays as it is, activation text included.",
 )
 
@@ -51,8 +55,12 @@ def shown(value: Any) -> str:
 @lru_cache
 def _pattern(sentence: str) -> str:
     """What matches a sentence with values in it."""
-    parts = Formatter().parse(sentence)
-    return "".join(re.escape(text) + (f"(?P<{name}>.+)" if name else "") for text, name, _, _ in parts)
+    pattern, seen = "", set()
+    for text, name, _, _ in Formatter().parse(sentence):
+        pattern += re.escape(text)
+        pattern += "" if not name else f"(?P={name})" if name in seen else f"(?P<{name}>.+)"
+        seen.add(name)
+    return pattern
 
 
 @lru_cache

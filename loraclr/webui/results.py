@@ -15,6 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from loraclr import report
+from loraclr.alignment import ATTENTION, FEED_FORWARD, KINDS, OTHER, TEXT, WORDS
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures
@@ -213,6 +214,17 @@ def tables(done: Done) -> list[Table]:
             "How much of the column's LoRA shows in pictures of the row's concept; stacked LoRAs have about 100 %."
         )
         found.append(Table(say("Bled in"), (say("Concept"), *names), rows, note))
+    kinds = [kind for kind in KINDS if any(kind in shares for shares in merge.alignment.values())]
+    if kinds:
+        rows = [
+            (name, *(f"{shares[kind]:.0%}" if kind in shares else "–" for kind in kinds))
+            for name, shares in merge.alignment.items()
+        ]
+        note = say(
+            "How near the merged layers' outputs come to the LoRA's own, where it is at work: 100 % is the same, "
+            "0 % as far off as without any LoRA."
+        )
+        found.append(Table(say("Layer by layer"), ("LoRA", *map(_kind, kinds)), rows, note))
     counts = Counter(layer.rank or 0 for layer in merge.layers.values())
     rows = [(str(rank) if rank else say("Norm layers"), str(number)) for rank, number in sorted(counts.items())]
     found.append(Table(say("Ranks"), (say("Rank"), say("Layers")), rows))
@@ -237,6 +249,15 @@ def _stage(name: str) -> str:
         "polish": say("Final polish"), "merge": say("Merge"),
     }  # fmt: skip
     return words.get(name, name)
+
+
+def _kind(name: str) -> str:
+    """A kind of layer in words."""
+    words = {
+        TEXT: say("Text encoder"), WORDS: say("Words to pictures"), ATTENTION: say("Attention"),
+        FEED_FORWARD: say("Feed-forward"), OTHER: say("Other layers"),
+    }  # fmt: skip
+    return words[name]
 
 
 def _html(table: Table) -> str:

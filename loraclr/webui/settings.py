@@ -19,11 +19,14 @@ SPEEDS = ("Fast", "Balanced", "Best")
 RANKS = ("exact", "auto", "4", "8", "16", "32", "64", "128", "256")
 USUAL = Settings()
 #: What the form's sliders allow, and the API.
-LIMITS = {"neutral": (0, 1), "scenes": (0, 8), "steps": (1, 50), "size": (64, 1024), "guidance": (1, 15)}
+LIMITS = {
+    "neutral": (0, 1), "scenes": (0, 8), "steps": (1, 50), "size": (64, 1024), "guidance": (1, 15),
+    "margin": (0, 10), "penalty": (0, 1), "iterations": (0, 5000), "rate": (0, 1),
+}  # fmt: skip
 #: The components in the order of `Form.fields`, which is that of the arguments of `read`.
 FIELDS = (
     "speed", "rank", "draw", "method", "closed", "neutral", "scenes", "steps", "size", "guidance", "density", "ridge",
-    "seed", "kept",
+    "seed", "margin", "penalty", "iterations", "rate", "kept",
 )  # fmt: skip
 
 
@@ -112,11 +115,35 @@ def _advanced() -> list[Any]:
                 USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed",
                 info="The same seed and settings give the same file.",
             )  # fmt: skip
+        loop = _loop()
         kept = gr.Textbox(
             "\n".join(prompts.NEUTRAL), lines=4, label="Prompts to keep as they are", elem_id="loraclr_neutral_prompts",
             info="One a line, without any trigger word: what the merged LoRA must not change.",
         )  # fmt: skip
-    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, kept]
+    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, *loop, kept]
+
+
+def _loop() -> list[Any]:
+    """What the paper's own loop, the method reference, is told; the other methods have no use for it."""
+    with FormRow():
+        margin = gr.Number(
+            USUAL.margin, label="Margin m of reference", elem_id="loraclr_margin",
+            info="How far outputs of different concepts are pushed apart; the paper has 0.5.",
+        )  # fmt: skip
+        penalty = gr.Number(
+            USUAL.penalty, label="Penalty λ of reference", elem_id="loraclr_penalty",
+            info="How much large changes cost; the paper has 0.001.",
+        )  # fmt: skip
+    with FormRow():
+        iterations = gr.Number(
+            USUAL.iterations, label="Iterations of reference", precision=0, elem_id="loraclr_iterations",
+            info="Steps for each layer; the paper's code has 50.",
+        )  # fmt: skip
+        rate = gr.Number(
+            USUAL.rate, label="Learning rate of reference", elem_id="loraclr_rate",
+            info="The paper has 0.0001; with it 50 steps move little.",
+        )  # fmt: skip
+    return [margin, penalty, iterations, rate]
 
 
 def read(
@@ -133,6 +160,10 @@ def read(
     density: float,
     ridge: float | None,
     seed: float | None,
+    margin: float | None,
+    penalty: float | None,
+    iterations: float | None,
+    rate: float | None,
     kept: str,
 ) -> dict[str, Any]:
     """What `job.Order` takes of the form. Raises ValueError, one sentence."""
@@ -143,6 +174,18 @@ def read(
     lines = lines_of(kept)
     if not lines:
         raise ValueError(say("There are no prompts to keep as they are: write one a line under Advanced."))
+    loop = {"margin": margin, "penalty": penalty, "iterations": iterations, "rate": rate}
+    for name, value in loop.items():
+        if value is None or not LIMITS[name][0] <= value <= LIMITS[name][1]:
+            least, most = LIMITS[name]
+            raise ValueError(
+                say(
+                    "The {name} of reference must be a number from {least} to {most}.",
+                    name=name,
+                    least=least,
+                    most=most,
+                )
+            )
     settings = Settings(
         speed="closed" if closed else speed.lower(),
         rank=rank_of(rank),
@@ -154,6 +197,7 @@ def read(
         size=int(size) or None,
         neutral_prompts=lines,
         seed=int(seed or 0),
+        **{**loop, "iterations": int(iterations)},
     )
     return {"settings": settings, "method": method, "density": density, "draw": draw}
 
