@@ -155,7 +155,7 @@ def concept_of(row: Row) -> Concept:
         try:
             weights = blocks.block_weights(row.blocks, lora.family)
         except ValueError as error:
-            raise ValueError(f"{row.name}: {error}") from error
+            raise ValueError(f"{row.name}: {retell(str(error))}") from error
     return Concept(lora, row.trigger.strip(), float(row.weight), row.text_weight, row.kind, row.prompts, blocks=weights)
 
 

@@ -9,27 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from loraclr.webui.sentences import CORE
 from loraclr.webui.surroundings import here
-
-#: What the core says while it merges, and of the result. What is more particular comes first.
-CORE = (
-    "Looking at the words",
-    "Looking at two in one picture",
-    "Looking at what must not change",
-    "Looking at {name}",
-    "Fitting the text encoder",
-    "Fitting words to pictures",
-    "Fitting the picture layers",
-    "Polishing, step {step} of {steps}",
-    "Drawing {name}",
-    "The word {old} of {name} is called {new} in the merged file.",
-    "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
-    'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
-    'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
-    "Pictures of {name} are changed more by {other} than by {name} itself: give {other} a lower weight.",
-    "A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.",
-    "{name}.json holds notes of yours and stays as it is, activation text included.",
-)
 
 _FOLDER = Path(__file__).parents[2] / "localizations"
 

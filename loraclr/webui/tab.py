@@ -12,7 +12,7 @@ import torch
 from loraclr.merging import Cancelled
 from loraclr.webui import card, history, job, labels, results, rows, settings, target
 from loraclr.webui.components import FormRow, script
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.surroundings import here
 
 
@@ -115,7 +115,7 @@ def _merged(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
         here().log("LoRACLR Merge ran out of memory")
         return _failed(say("The graphics card ran out of memory; choose a smaller picture size under Advanced."))
     except (ValueError, OSError) as error:
-        return _failed(str(error))
+        return _failed(retell(str(error)))
     return results.filled(done)
 
 
