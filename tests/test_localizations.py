@@ -38,6 +38,8 @@ def strings() -> set[str]:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             found.update(_strings(node))
     found.update(CORE)
+    page = (ROOT / "loraclr" / "webui" / "alone" / "page.js").read_text(encoding="utf-8")
+    found.update(re.findall(r'loraclrSay\("([^"]+)"', page))
     found.update(method.text for method in METHODS.values() if method.offered)
     return {text for text in found if not SAME.fullmatch(text)}
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from loraclr.webui import beside
 from loraclr.webui.sentences import CORE
 from loraclr.webui.surroundings import here
-
-_FOLDER = Path(__file__).parents[2] / "localizations"
 
 
 def say(sentence: str, **values: Any) -> str:
     """A sentence, translated if there is a translation, and then with the values in the place of their names."""
-    return _translations(str(here().option("localization", "None"))).get(sentence, sentence).format(**values)
+    return translations().get(sentence, sentence).format(**values)
+
+
+def translations() -> dict[str, str]:
+    """Sentence → translation into the user's language; empty for English."""
+    return _translations(str(here().option("localization", "None")))
 
 
 def retell(sentence: str) -> str:
@@ -48,6 +51,6 @@ def _pattern(sentence: str) -> str:
 def _translations(language: str) -> dict[str, str]:
     """Sentence → translation, as in this extension's file for a language; empty without one."""
     try:
-        return json.loads((_FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+        return json.loads(beside.text(f"localizations/{language}.json"))
     except (OSError, ValueError):
         return {}
