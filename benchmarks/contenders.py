@@ -143,7 +143,13 @@ CONTENDERS: dict[str, Contender] = {
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
     # The fast one with one ingredient left out.
     "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
+    "fast-unguided": Contender(on_model("loraclr", speed="fast", guided=0.0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
 }
-ON_REQUEST = ("fast-unwhitened", "fast-no-scenes", "fast-no-neutral")  # drawn only if asked for by name
+ON_REQUEST = (
+    "fast-unwhitened",
+    "fast-unguided",
+    "fast-no-scenes",
+    "fast-no-neutral",
+)  # drawn only if asked for by name

@@ -144,6 +144,10 @@ class Bank:
             values.append(value.detach().float().cpu().clone())
         self.prompt.append(prompt)
 
+    def thinned(self, every: int) -> Bank:
+        """Every so many entries of this bank; an odd number, as those with a prompt and without often alternate."""
+        return Bank(self.prompts, self.x[::every], self.t[::every], self.prompt[::every], self.prediction[::every])
+
 
 def filing(bank: Bank, contexts: Context) -> Record:
     """A `Record` that files UNet calls in `bank`.

@@ -59,6 +59,7 @@ class Settings:
         anchor: the same in the closed form.
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
+        guided: share of the polish's loss that is on what guidance makes of two predictions.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
@@ -74,6 +75,7 @@ class Settings:
     anchor: float = 0.0
     scenes: int = 2
     binding: float = 0.5
+    guided: float = 0.3
     directions: int = 64
     ridge: float = 1e-3
     margin: float = 0.5
@@ -160,7 +162,8 @@ def _work(
 
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     """The prompts that are looked at, for each concept and for what must not change."""
-    own = [prompts.filled(concept.trigger, concept.kind, concept.prompts) for concept in concepts]
+    thorough = POLISH_STEPS[settings.speed] > POLISH_STEPS["fast"]
+    own = [prompts.filled(concept.trigger, concept.kind, concept.prompts, thorough) for concept in concepts]
     return [*own, list(settings.neutral_prompts)]
 
 
@@ -393,10 +396,19 @@ class _Run:
                     self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
                     lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                     1 if self.size > SEVERAL else None,
-                    self.whitenings,
+                    self.whitenings, self.settings.guidance, self.settings.guided, self.held_out(norms),
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)
+
+    def held_out(self, norms: Changes) -> Callable[[Changes], float]:
+        """What factors miss of the concepts' effects on the pictures kept aside, on some of their rows, on average."""
+        some = [bank.thinned(3) for bank in self.held]
+
+        def missing(factors: Changes) -> float:
+            return sum(missed(self.host, self.modules, norms | factors, some, self.rows)[:-1])
+
+        return missing
 
     def reasons(self, left: Sequence[float]) -> list[str]:
         """Why some concepts stay weak, and what to try; `left` is what is missed of each."""

@@ -4,14 +4,16 @@ The layerwise optimum treats layers one by one; errors add up on the way to the 
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again. Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
+teacher is run again. Guidance puts a prompt's prediction and the one without a prompt together as u + g (c − u), which
+makes errors that differ larger and errors that are alike cancel; so a share of the loss is on this guided prediction.
+Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
 factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,8 @@ from loraclr.hosts import Host
 from loraclr.whitening import Whitening
 
 RATE = 0.02  # learning rate of a factor relative to its own root mean square
+CHECK = 100  # steps between two looks at what was kept out
+PATIENCE = 2  # looks in a row that may be worse than the best before a run ends
 LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
@@ -31,6 +35,23 @@ class Row:
 
     bank: int
     entry: int
+
+
+def together(bank: Bank) -> list[tuple[int, ...]]:
+    """The entries of a bank in pairs that guidance puts together, with the prompt and without, of one z_t and t.
+
+    An entry that has no partner is alone.
+    """
+    empty = {place for place, prompt in enumerate(bank.prompts) if not prompt}
+    key = [(float(t), x.numpy().tobytes()) for t, x in zip(bank.t, bank.x, strict=True)]
+    without = {key[entry]: entry for entry, prompt in enumerate(bank.prompt) if prompt in empty}
+    pairs = [
+        (entry, without[key[entry]])
+        for entry, prompt in enumerate(bank.prompt)
+        if prompt not in empty and key[entry] in without
+    ]
+    paired = {entry for pair in pairs for entry in pair}
+    return pairs + [(entry,) for entry in range(len(bank)) if entry not in paired]
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,8 +76,11 @@ def polish(
     tick: Callable[[int, float], None],
     at_once: int | None = None,
     whitenings: Mapping[str, Whitening] | None = None,
+    guidance: float = 1.0,
+    guided: float = 0.0,
+    held_out: Callable[[Changes], float] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Train the factors for `steps` steps and return them.
+    """Train the factors for `steps` steps and return them: those with which least is missed of what was kept out.
 
     The down factors are trained in the coordinates in which their layer's inputs are white (`loraclr.whitening`).
 
@@ -64,9 +88,13 @@ def polish(
         banks: what to learn from, one for each concept and last the neutral one.
         shares: how much of a batch comes from each bank, relative.
         batch: rows in a step.
-        at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients.
+        at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients,
+            but that a single one cannot be guided.
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
         whitenings: of the layers' inputs; a layer without one is trained as it is.
+        guidance, guided: g, and the share of the loss that is on the guided prediction.
+        held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps; a run that gets
+            worse there ends early.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
@@ -78,17 +106,20 @@ def polish(
 
     weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
+    units = [together(bank) for bank in banks]
     first, scale = None, LOSS_SCALE
+    best, least, worse = None, math.inf, 0
     for step in range(steps):
-        chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
-        rows = [Row(b, int(torch.randint(len(banks[b]), (1,), generator=generator))) for b in chosen]
+        chosen = torch.multinomial(weights, max(1, batch // 2), replacement=True, generator=generator).tolist()
+        picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
+        rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()
         with torch.enable_grad(), applied(modules, live):
             leaves = [value for pair in live.values() for value in pair]
-            loss = _descend(host, banks, rows, at_once or batch, leaves, scale)
+            loss = _descend(host, banks, rows, at_once or batch, leaves, scale, guidance, guided)
         trained.descend(live)
         norm = nn.utils.clip_grad_norm_(factors, 1.0)
         if norm.isfinite():
@@ -97,7 +128,13 @@ def polish(
             scale = max(1.0, scale / 8)
         first = first or loss
         tick(step + 1, loss / max(first, 1e-20))
-    return {name: (up.detach(), down.detach()) for name, (up, down) in trained.live().items()}
+        if held_out and (step + 1) % CHECK == 0:
+            found = trained.found()
+            missing = held_out(found)
+            best, least, worse = (found, missing, 0) if missing < least else (best, least, worse + 1)
+            if worse >= PATIENCE:
+                break
+    return best or trained.found()
 
 
 class _Trained:
@@ -121,6 +158,10 @@ class _Trained:
             for name, (up, down) in zip(self.names, values, strict=True)
         }
 
+    def found(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors by layer name, as they are now."""
+        return {name: (up.detach().clone(), down.detach().clone()) for name, (up, down) in self.live().items()}
+
     @torch.no_grad()
     def descend(self, live: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Take over the gradients of these factors; W is symmetric, so dL/dZ = dL/d(Z W) W."""
@@ -131,21 +172,46 @@ class _Trained:
 
 
 def _descend(
-    host: Host, banks: list[Bank], rows: list[Row], at_once: int, factors: list[Tensor], scale: float
+    host: Host,
+    banks: list[Bank],
+    units: Sequence[tuple[Row, ...]],
+    at_once: int,
+    factors: list[Tensor],
+    scale: float,
+    guidance: float,
+    guided: float,
 ) -> float:
     """Set the factors' gradients of the rows' mean error in v, which is returned; `scale` is out of them again."""
     for value in factors:
         value.grad = torch.zeros_like(value)
-    weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows]))
-    weights, whole = weights / weights.sum(), 0.0
-    for begin in range(0, len(rows), at_once):
-        part = slice(begin, begin + at_once)
-        loss = (error(host, banks, rows[part]) * weights[part].to(host.device)).sum()
+    if at_once < 2:
+        units = [(row,) for unit in units for row in unit]
+    times = torch.stack([banks[unit[0].bank].t[unit[0].entry] for unit in units])
+    weights, whole = in_v(host, times) * torch.tensor([float(len(unit)) for unit in units]), 0.0
+    weights = (weights / weights.sum()).to(host.device)
+    step = max(1, at_once // max(map(len, units)))
+    for begin in range(0, len(units), step):
+        part = units[begin : begin + step]
+        differences = difference(host, banks, [row for unit in part for row in unit]).split(
+            [len(unit) for unit in part]
+        )
+        losses = torch.stack([_loss(one, guidance, guided) for one in differences])
+        loss = (losses * weights[begin : begin + step]).sum()
         for value, gradient in zip(factors, torch.autograd.grad(loss * scale, factors, allow_unused=True), strict=True):
             if gradient is not None:
                 value.grad += gradient / scale
         whole += loss.item()
     return whole
+
+
+def _loss(unit: Tensor, guidance: float, guided: float) -> Tensor:
+    """The mean squared difference of one row (1, 4, h, w), or of two and of what guidance makes of them."""
+    plain = unit.square().mean()
+    if len(unit) < 2:
+        return plain
+    # Divided by what independent errors grow by, so that the two parts are of one size.
+    both = (guidance * unit[0] - (guidance - 1) * unit[1]).square().mean() / (guidance**2 + (guidance - 1) ** 2)
+    return (1 - guided) * plain + guided * both
 
 
 def in_v(host: Host, t: Tensor) -> Tensor:
@@ -157,13 +223,18 @@ def in_v(host: Host, t: Tensor) -> Tensor:
 
 def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
     """Mean squared difference (B,) between what the host predicts now and the rows' teachers."""
+    return difference(host, banks, rows).square().flatten(1).mean(1)
+
+
+def difference(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
+    """What the host predicts now less the rows' teachers (B, 4, h, w)."""
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))
     context = host.encode(unique)[[unique.index(text) for text in texts]]
     x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context.tokens)
     t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(x.device)
     teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device)
-    return (host.predict(x, t, context).float() - teacher).square().flatten(1).mean(1)
+    return host.predict(x, t, context).float() - teacher
 
 
 @torch.no_grad()

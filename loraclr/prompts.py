@@ -9,6 +9,7 @@ from typing import Literal
 
 Kind = Literal["subject", "style"]
 
+#: The first ones are for quick merges (`QUICK`).
 SUBJECT = (
     "a photo of a {}",
     "a {}",
@@ -18,6 +19,14 @@ SUBJECT = (
     "a {} on a green background",
     "a {} on a gray background",
     "a cat and a {} on a yellow background",
+    "a {} and a house",
+    "a bird and a {} on a white background",
+    "a {} and a tree on a green background",
+    "a fish and a {}",
+    "a {} on a blue background",
+    "a {} on a yellow background",
+    "a star and a {} on a gray background",
+    "a {} and a cake on a red background",
 )
 STYLE = (
     "a photo of a car in {}",
@@ -32,7 +41,13 @@ STYLE = (
     "a cherry on a white background in {}",
     "a sunflower on a gray background in {}",
     "a heart and a star on a red background in {}",
+    "a boat on a gray background in {}",
+    "a key on a yellow background in {}",
+    "a tree and a house in {}",
+    "a cat and a fish on a white background in {}",
 )
+#: How many of the templates a quick merge looks at.
+QUICK = {"subject": 8, "style": 12}
 PAIR = (
     "a {} and a {}",
     "a {} and a {} on a red background",
@@ -52,10 +67,24 @@ NEUTRAL = (
     "a bird and a boat on a yellow background",
     "a cake on a gray background",
     "a key and a star on a pink background",
+    "a bee on a white background",
+    "a photo of a flower",
+    "a sunflower and a dog on a green background",
+    "a cherry and a cat",
+    "a boat on a gray background",
+    "a house and a bird on a red background",
+    "a tree on a yellow background",
+    "a star and a heart on a blue background",
 )
 
 
-def filled(trigger: str, kind: Kind = "subject", templates: tuple[str, ...] = ()) -> list[str]:
-    """The templates (empty: the usual ones for this kind) with the trigger in them."""
+def filled(trigger: str, kind: Kind = "subject", templates: tuple[str, ...] = (), thorough: bool = False) -> list[str]:
+    """The templates with the trigger in them.
+
+    Args:
+        templates: empty for the usual ones of this kind.
+        thorough: all of the usual ones, or given ones twice, to be drawn from other noise.
+    """
     usual = STYLE if kind == "style" else SUBJECT
-    return [template.replace("{}", trigger) for template in templates or usual]
+    chosen = templates * (1 + thorough) or (usual if thorough else usual[: QUICK[kind]])
+    return [template.replace("{}", trigger) for template in chosen]

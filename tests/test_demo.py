@@ -25,7 +25,9 @@ TIGER, PANDA, OUTLINE = CONCEPT["tiger"], CONCEPT["panda"], CONCEPT["outline"]
 def test_no_prompt_of_the_demo_is_one_of_the_merge() -> None:
     drawn = {prompt for concept in CONCEPTS for prompt in demo.prompts_of(concept, 16)}
     drawn |= {prompt for *_, prompt in demo.pairs_of(CONCEPTS, 200)}
-    seen = {line for c in CONCEPTS for line in prompts.filled(c.phrase, "style" if c.is_style else "subject")}
+    seen = {
+        line for c in CONCEPTS for line in prompts.filled(c.phrase, "style" if c.is_style else "subject", thorough=True)
+    }
     assert not drawn & (seen | set(prompts.NEUTRAL))
     words = {word for line in seen for word in line.split()}
     assert not words & {*demo.COLOURS, *demo.OBJECTS}

@@ -194,7 +194,8 @@ def test_polish_lowers_what_is_missed_and_the_model_stays_bit_identical() -> Non
     before = weights(host)
     concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("sks", "zyk", "kts"), start=1)]
     result = merge(host, concepts, Settings(speed="balanced", steps=4, scenes=0))
-    assert all(after < closed for closed, after in result.missed.values())
+    closed, polished = (sum(each) for each in zip(*result.missed.values(), strict=True))
+    assert polished < 0.9 * closed
     assert all(torch.equal(a, b) for a, b in zip(before, weights(host), strict=True))
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in host.layers().values())
     assert all(parameter.grad is None for parameter in host.unet.parameters())

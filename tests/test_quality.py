@@ -75,7 +75,11 @@ class TestScenes:
         plan = Plan()
         reporting = [s for seed in range(3) for part in scenes.reporting(CONCEPTS, plan, seed).values() for s in part]
         tuning = [shot for seed in range(3) for shot in scenes.tuning(CONCEPTS, plan, seed)]
-        merging = {line for c in CONCEPTS for line in prompts.filled(c.phrase, "style" if c.is_style else "subject")}
+        merging = {
+            line
+            for c in CONCEPTS
+            for line in prompts.filled(c.phrase, "style" if c.is_style else "subject", thorough=True)
+        }
         merging |= set(prompts.NEUTRAL)
         told = {shot.wanted.prompt for shot in reporting}
         assert not told & {shot.wanted.prompt for shot in tuning}

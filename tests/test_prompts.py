@@ -1,0 +1,17 @@
+"""Prompts that a merge looks at."""
+
+from __future__ import annotations
+
+from loraclr import prompts
+
+
+def test_a_quick_merge_looks_at_a_part_of_what_a_thorough_one_does() -> None:
+    for kind in ("subject", "style"):
+        quick, thorough = prompts.filled("sks", kind), prompts.filled("sks", kind, thorough=True)
+        assert quick == thorough[: len(quick)] and len(quick) < len(thorough) == len(set(thorough))
+        assert all("sks" in text and "{}" not in text for text in thorough)
+
+
+def test_given_prompts_are_all_looked_at_and_twice_by_a_thorough_merge() -> None:
+    assert prompts.filled("sks", "subject", ("{}", "my {}")) == ["sks", "my sks"]
+    assert prompts.filled("sks", "subject", ("{}", "my {}"), True) == ["sks", "my sks"] * 2
