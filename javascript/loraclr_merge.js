@@ -31,6 +31,7 @@ function loraclrFetch(task, tries) {
     if (task != loraclrTask) return;
     if (!tries || gradioApp().querySelector('#loraclr_result [data-task="' + task + '"]')) {
         if (localGet("loraclr_task_id") == task) localRemove("loraclr_task_id");
+        loraclrPart("look").click(); // there is one more earlier merge
         return;
     }
     loraclrPart("restore").click();

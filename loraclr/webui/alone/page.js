@@ -35,7 +35,9 @@ function localRemove(name) {
 }
 
 // There is one tab, which is open; its parts are there when this runs.
-function onUiTabChange() {}
+function onUiTabChange(then) {
+    setTimeout(then, 0);
+}
 
 function onOptionsAvailable(then) {
     setTimeout(then, 0);

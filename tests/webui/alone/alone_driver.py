@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Alone:
         started: how many seconds its start took.
     """
 
-    def __init__(self, gradio: Path, data: Path) -> None:
+    def __init__(self, gradio: Path, data: Path, more: Sequence[str] = ()) -> None:
         from miniature import checkpoint
 
         self.loras = data / "Lora"
@@ -42,7 +42,7 @@ class Alone:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "loraclr", "ui", "--checkpoint", str(model), "--port", str(self.port)]
-        command += ["--api-auth", USER, "--device", "cpu"]
+        command += ["--api-auth", USER, "--device", "cpu", *more]
         path = os.pathsep.join([str(gradio), str(REPOSITORY)])
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.log = data / "log"
