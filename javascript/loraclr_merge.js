@@ -11,22 +11,37 @@ function loraclrShowRunning(running) {
     loraclrPart("buttons").classList.toggle("running", running);
 }
 
-// Follows a job, also one that another page has started; `ended` is called after its end.
-function loraclrFollow(task, patience, ended) {
+let loraclrTask = null; // the latest job that this page has followed
+
+// Follows a job, also one that another page has started, and sees to it that its result is shown.
+function loraclrFollow(task, patience, answered) {
+    loraclrTask = task;
     loraclrShowRunning(true);
     const end = function() {
         loraclrShowRunning(false);
-        localRemove("loraclr_task_id");
-        if (ended) ended();
+        setTimeout(() => loraclrFetch(task, 12), answered ? 2000 : 0);
     };
     const panel = loraclrPart("result_panel");
     requestProgress(task, panel, panel, end, null, patience);
 }
 
+// Asks for a job's result as long as it is not shown. It comes with the answer to the click on Merge, but not to
+// another page, and not if the connection broke; and while a page loads, gradio may lose a click.
+function loraclrFetch(task, tries) {
+    if (task != loraclrTask) return;
+    if (!tries || gradioApp().querySelector('#loraclr_result [data-task="' + task + '"]')) {
+        if (localGet("loraclr_task_id") == task) localRemove("loraclr_task_id");
+        loraclrPart("look").click(); // there is one more earlier merge
+        return;
+    }
+    loraclrPart("restore").click();
+    setTimeout(() => loraclrFetch(task, tries - 1), 5000);
+}
+
 function loraclrMerge() {
     const task = randomId();
     localSet("loraclr_task_id", task);
-    loraclrFollow(task);
+    loraclrFollow(task, 40, true);
     const values = Array.from(arguments);
     values[0] = task;
     return values;
@@ -39,10 +54,8 @@ function loraclrInterrupt() {
     return [localGet("loraclr_task_id")];
 }
 
-let loraclrEnded = null; // the job whose result this page has not been told
-
 function loraclrRestore() {
-    return [loraclrEnded];
+    return [loraclrTask];
 }
 
 function loraclrSend(prompt) {
@@ -83,9 +96,5 @@ onUiTabChange(function() {
 onOptionsAvailable(function() {
     const task = localGet("loraclr_task_id");
     if (!task || !loraclrPart("buttons")) return;
-    // Asked for at the end only: while a page loads, gradio may lose a click.
-    loraclrFollow(task, 0, function() {
-        loraclrEnded = task;
-        loraclrPart("restore").click();
-    });
+    loraclrFollow(task, 0, false);
 });

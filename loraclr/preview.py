@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from loraclr.capture import applied
 from loraclr.changes import factors_of
@@ -16,20 +17,17 @@ from loraclr.result import Merge
 
 #: What the webui takes for a LoRA's picture, with or without ".preview" before it.
 _ENDINGS = ("png", "jpg", "jpeg", "webp", "gif", "avif")
-_MOST = 4  # concepts
+MOST = 4  # concepts
+#: By which a picture is known as one of ours.
+_SIGNATURE = ("Software", "LoRACLR Merge")
 _SEED = 10_000  # noise that the merge has not seen
-
-
-def exists(path: Path) -> bool:
-    """Whether a LoRA file has a picture beside it, which is not to be replaced."""
-    return any(path.with_suffix(f"{middle}.{end}").exists() for middle in ("", ".preview") for end in _ENDINGS)
 
 
 def drawn(host: Host, merge: Merge, settings: Settings) -> Image.Image:
     """The merge's first concepts side by side, each by its first prompt."""
     side, modules = settings.size or host.size, host.layers()
     changes = {name: factors_of(layer, 1.0, modules[name].weight) for name, layer in merge.layers.items()}
-    texts = [filled(concept.trigger, concept.kind, concept.prompts)[0] for concept in merge.concepts[:_MOST]]
+    texts = [filled(concept.trigger, concept.kind, concept.prompts)[0] for concept in merge.concepts[:MOST]]
     with host.session(), host.words(merge.words) if merge.words else nullcontext(), applied(modules, changes):
         return sheet(host.sample(texts, _SEED, settings.steps, settings.guidance, side, side))
 
@@ -45,9 +43,28 @@ def sheet(pictures: list[Image.Image]) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path) -> Path | None:
-    """Write the picture beside a LoRA file; None, and nothing written, if that has one."""
-    if exists(path):
+    """Write the picture beside a LoRA file; None, and nothing written, if that has one that was not written here."""
+    if not wanted(path):
         return None
     place = path.with_suffix(".preview.png")
-    picture.save(place)
+    signed = PngInfo()
+    signed.add_text(*_SIGNATURE)
+    picture.save(place, pnginfo=signed)
     return place
+
+
+def wanted(path: Path) -> bool:
+    """Whether a LoRA file has no picture beside it but one that was written here, and is renewed."""
+    every = (path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in _ENDINGS)
+    there = [picture for picture in every if picture.exists()]
+    return all(picture == path.with_suffix(".preview.png") and _is_ours(picture) for picture in there)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a picture was written here."""
+    key, value = _SIGNATURE
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get(key) == value
+    except OSError:
+        return False

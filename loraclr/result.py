@@ -115,9 +115,12 @@ def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> M
             result.notes.append(f"{count} keys of {concept.lora.name} are not understood and left out ({unused[0]}).")
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
-            rest = ", and the rest made up for as far as one text for all layers allows" if folded else ""
-            note = f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept{rest}."
-            result.notes.append(note)
+            result.notes.append(
+                f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept, and the rest made "
+                "up for as far as one text for all layers allows."
+                if folded
+                else f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept."
+            )
     return result
 
 

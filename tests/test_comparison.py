@@ -51,13 +51,13 @@ def test_two() -> None:
     assert told["Block weights"] == (True, ["OUT03=0.5", "–"])
     assert told["Bled in"] == (True, ["7%", "–"])
     assert told["Method of merging"] == (True, ["loraclr", "sum"])
-    assert told["speed"] == (True, ["fast", "–"]) and told["density"] == (True, ["–", "0.5"])
-    assert "seed" not in told, "a setting that both share"
+    assert told["Speed"] == (True, ["fast", "–"]) and told["Density"] == (True, ["–", "0.5"])
+    assert "Seed of the merge" not in told, "a setting that both share"
 
 
 def test_one_alone_is_told_in_full_and_nothing_is_marked() -> None:
     told = lines("one", None)
-    assert told["seed"] == (False, ["0"]) and not any(mark for mark, _ in told.values())
+    assert told["Seed of the merge"] == (False, ["0"]) and not any(mark for mark, _ in told.values())
     assert lines("one", "one") == told
 
 

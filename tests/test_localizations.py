@@ -11,9 +11,13 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
+import torch
+from safetensors.torch import save
 
+from loraclr import files
 from loraclr.methods import METHODS
 from loraclr.webui import language
+from loraclr.webui.sentences import CORE
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
@@ -23,8 +27,6 @@ READ = ("label", "info", "placeholder", "tooltip")
 SAID_FIRST = ("Button", "Accordion", "info", "say")
 #: Constants with text in HTML.
 TEXTS = ("HEADING", "EMPTY", "NOTHING", "NONE", "OTHER", "WELCOME")
-#: What the core says; the tab translates it.
-CORE = "CORE"
 #: Names and signs that are the same everywhere.
 SAME = re.compile(r"LoRA|[^\w]*|exact|auto|\d+")
 
@@ -35,6 +37,9 @@ def strings() -> set[str]:
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
             found.update(_strings(node))
+    found.update(CORE)
+    page = (ROOT / "loraclr" / "webui" / "alone" / "page.js").read_text(encoding="utf-8")
+    found.update(re.findall(r'loraclrSay\("([^"]+)"', page))
     found.update(method.text for method in METHODS.values() if method.offered)
     return {text for text in found if not SAME.fullmatch(text)}
 
@@ -47,8 +52,6 @@ def _strings(node: ast.AST) -> Iterator[str]:
         said += node.args[1:2] if called == "OptionInfo" else []
         said += node.args[2:3] if called == "_text" else []
         yield from (value.value for value in said if isinstance(value, ast.Constant) and isinstance(value.value, str))
-    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == CORE:
-        yield from ast.literal_eval(node.value)
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in TEXTS:
         text = ast.literal_eval(node.value)
         yield from re.findall(r'title="([^"]+)"', text)
@@ -89,24 +92,18 @@ def test_no_sentence_is_put_together_where_it_is_said() -> None:
 
 
 def test_what_the_core_says_is_still_what_it_says() -> None:
-    """Each of these sentences is somewhere in the sources, whole or, where a name is put in later, in part."""
-    found, said = set(), set()
+    """Each of these sentences is somewhere in the sources, whole or, where a part is put in later, without that."""
+    said = set()
     for source in (ROOT / "loraclr").rglob("*.py"):
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if source.name == "language.py":
-                found.update(
-                    ast.literal_eval(node.value)
-                    if getattr(node, "targets", None) and getattr(node.targets[0], "id", "") == CORE
-                    else ()
-                )
-            elif isinstance(node, ast.JoinedStr):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))) if source.name != "sentences.py" else ():
+            if isinstance(node, ast.JoinedStr):
                 said.add("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 said.add(node.value)
-    assert found
-    for sentence in found:
+    for sentence in CORE:
         plain = re.sub(r"{\w+}", "{}", sentence)
-        assert {plain, plain.removeprefix("Looking at ")} & said, sentence
+        rest = plain.removeprefix("Looking at ").removeprefix("{} ")
+        assert {plain, rest, rest.removesuffix("; choose a LoRA file.")} & said, sentence
 
 
 def test_the_languages() -> None:
@@ -114,15 +111,45 @@ def test_the_languages() -> None:
     assert {file.stem for file in LANGUAGES} >= {"zh_CN", "ja_JP", "de_DE"}
 
 
-def test_a_sentence_of_the_core_is_retold_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Here:
-        def option(self, name: str, default: str) -> str:
-            return {"localization": "de_DE"}.get(name, default)
+class German:
+    """A program whose user reads German."""
 
-    monkeypatch.setattr(language, "here", Here)
+    def option(self, name: str, usual: str) -> str:
+        return {"localization": "de_DE"}.get(name, usual)
+
+
+def test_a_sentence_of_the_core_is_retold_with_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "here", German)
     told = language.retell(
         "Pictures of ink are changed more by tiger 2 than by ink itself: give tiger 2 a lower weight."
     )
     assert told == "Bilder von ink ändert tiger 2 stärker als ink selbst: tiger 2 ein kleineres Gewicht geben."
     unknown = "Pictures of ink are changed more by tiger than by pen itself: give tiger a lower weight."
     assert language.retell(unknown) == unknown
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.safetensors", b"", "a.safetensors ist leer; bitte neu herunterladen oder kopieren."),
+        ("b.safetensors", b"<html>", "b.safetensors ist eine Webseite, kein LoRA; bitte neu herunterladen"),
+        ("c.pth", b"no", "c.pth ist abgeschnitten oder nicht von PyTorch 1.6"),
+        ("d.safetensors", save({"model.diffusion_model.x": torch.zeros(1)}), "d.safetensors ist ein Checkpoint, kein"),
+        (
+            "e.safetensors",
+            save({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.full((4, 1), float("nan"))}),
+            "e.safetensors ist beschädigt: lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight enthält NaN",
+        ),
+        ("f.safetensors", save({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.ones(4, 1)}),
+         "f.safetensors ist unvollständig: lora_unet_down_blocks_0_attentions_0_proj_in hat kein lora_down.weight"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_retold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    """As the reader says it."""
+    monkeypatch.setattr(language, "here", German)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name) as error:
+        files.load(tmp_path / name)
+    assert language.retell(str(error.value)).startswith(told)

@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         settings = told.settings if told else asked
         with Line() as line:
             merge = methods.merge(host, concepts, method.name, settings, line)
-            if not (args.no_preview or preview.exists(args.output)):
+            if not args.no_preview and preview.wanted(args.output):
                 line("Drawing a picture for its card", 1.0, None)
                 picture = preview.drawn(host, merge, settings)
     else:

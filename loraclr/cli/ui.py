@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loraclr.cli import Refused, quiet
 from loraclr.cli.merge import DTYPES, check_checkpoint, check_device, refusing
+from loraclr.webui import beside
 
 PORT = 7861  # the webui has 7860
 
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-auth", type=_users, metavar="USER:PASS", help="ask for these by the API (not by the page)"
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="number format of files (default: fp16)")
+    languages = [path.stem for path in beside.files("localizations/*.json")]
+    parser.add_argument("--language", choices=languages, help="of the page (default: English)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
 
 
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
         with refusing():
             host = open_checkpoint(args.checkpoint, device)
-            options = {"loraclr_precision": args.dtype}
+            options = {"loraclr_precision": args.dtype, "localization": args.language}
             alone = program.Alone(host, args.checkpoint.stem, folder, options, args.api_auth or "")
             surroundings.settle(alone)
             page = server.app(alone, None if args.listen else server.OWN_NAMES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from loraclr import outline
 from loraclr.keys import Family
 from loraclr.lora import LoRA
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.surroundings import here
 
 TITLES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
@@ -45,7 +45,7 @@ class Card:
     def wrong(self, loaded: Family | None) -> str:
         """What speaks against merging it for a checkpoint of the family that is loaded; "" if nothing does."""
         if self.lora is None:
-            return self.problem
+            return retell(self.problem)
         if loaded is not None and self.lora.family != loaded:
             return say(
                 "It is for {family}, but the loaded checkpoint is {loaded}.",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from loraclr.webui import library
+from loraclr.webui import library, titles
 from loraclr.webui.language import say, shown
 
 #: A line of the table: what it tells, and the values of all merges.
@@ -73,5 +73,5 @@ def _settings(recipes: Sequence[Mapping[str, Any]]) -> list[Line]:
     for name in dict.fromkeys(name for column in columns for name in column):
         values = [shown(column.get(name)) for column in columns]
         if len(values) == 1 or len(set(values)) > 1:
-            lines.append((name.replace("_", " "), values))
+            lines.append((titles.title(name), values))
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class History:
             component.do_not_save_to_config = True
             component.change(comparison.table, both, [self.about], show_progress=False)
         self.load.click(
-            loaded, [self.merged], [chosen.chosen, *chosen.arranged, *form.fields],
+            loaded, both, [self.about, chosen.chosen, *chosen.arranged, *form.fields],
             show_progress=False,
         )  # fmt: skip
         chosen.look.click(lambda: [gr.update(choices=names())] * 2, [], both, show_progress=False)
@@ -41,12 +42,12 @@ def names() -> list[str]:
     return [entry.name for entry in sorted(found, key=lambda entry: -_time(entry.path))]
 
 
-def loaded(name: str | None) -> list[Any]:
+def loaded(name: str | None, other: str | None) -> list[Any]:
     """The rows and the form as they were for a merged LoRA; LoRAs that are gone are left out and named."""
-    told = library.recipe(name)
+    told, about = library.recipe(name), comparison.table(name, other)
     if not told:
-        gr.Warning(say("Choose one of the merged LoRAs first."))
-        return [gr.update()] * (1 + len(rows.arranged([], {})) + len(settings.FIELDS))
+        as_it_was = [gr.update()] * (1 + len(rows.arranged([], {})) + len(settings.FIELDS))
+        return [_wrong(say("Choose one of the merged LoRAs first.")) + about, *as_it_was]
     there = set(library.names())
     lines, gone = {}, []
     for concept in told["concepts"]:
@@ -57,9 +58,13 @@ def loaded(name: str | None) -> list[Any]:
         else:
             lines[source] = _line(concept)
     if gone:
-        gr.Warning(say("No longer in the LoRA folder: {names}.", names=", ".join(gone)))
+        about = _wrong(say("No longer in the LoRA folder: {names}.", names=", ".join(gone))) + about
     values = settings.written(str(told.get("method", "loraclr")), told.get("settings") or {})
-    return [*rows.filled(lines), *values]
+    return [about, *rows.filled(lines), *values]
+
+
+def _wrong(sentence: str) -> str:
+    return f'<small class="loraclr-wrong">{escape(sentence)}</small>'
 
 
 def _line(concept: Mapping[str, Any]) -> tuple[Any, ...]:

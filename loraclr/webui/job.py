@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from loraclr import blocks, files, methods
+from loraclr import blocks, files, methods, preview
 from loraclr.concept import Concept
 from loraclr.hosts import Host
 from loraclr.merging import Cancelled, Settings, work
@@ -21,9 +19,6 @@ from loraclr.webui import library, pictures, target
 from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
 from loraclr.webui.surroundings import here
-
-# By which a preview picture is known as one of ours.
-_SIGNATURE = ("Software", "LoRACLR Merge")
 
 # Jobs that were interrupted while another one was running before them.
 _called_off: set[str] = set()
@@ -102,6 +97,7 @@ def run(task: str, order: Order) -> Done:
         # Some kinds of LoRA depend on the model's weights; those of another family do without, or say so.
         modules = host.layers() if concepts[0].lora.family == host.family else None
         merged = methods.combine(concepts, order.method, options, tell, modules)
+        merged.checkpoint = None if modules is None else host.checkpoint
     write(merged, path, dtype=_dtype(), overwrite=order.replace)
     host.publish(path)
     fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
@@ -151,7 +147,7 @@ def concept_of(row: Row) -> Concept:
         try:
             weights = blocks.block_weights(row.blocks, lora.family)
         except ValueError as error:
-            raise ValueError(f"{row.name}: {error}") from error
+            raise ValueError(f"{row.name}: {retell(str(error))}") from error
     return Concept(lora, row.trigger.strip(), float(row.weight), row.text_weight, row.kind, row.prompts, blocks=weights)
 
 
@@ -181,32 +177,10 @@ def _bled(merged: Merge, comparison: Comparison) -> dict[str, dict[str, float]]:
 
 
 def _preview(comparison: Comparison, path: Path) -> None:
-    """A picture for the LoRA's card: up to four concepts as the merged file draws them. Replaces only one of ours."""
-    file = path.with_suffix(".preview.png")
-    others = [path.with_suffix(f"{middle}.{end}") for middle in ("", ".preview") for end in ("png", "jpg", "jpeg")]
-    drawn = [row.after[0] for row in comparison.concepts[:4]]
-    if not drawn or not here().option("loraclr_preview", True):
-        return
-    if any(other.exists() and not (other == file and _is_ours(file)) for other in others):
-        return
-    width, height = drawn[0].size
-    columns = 1 if len(drawn) == 1 else 2
-    sheet = Image.new("RGB", (columns * width, -(-len(drawn) // columns) * height))
-    for place, picture in enumerate(drawn):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    signed = PngInfo()
-    signed.add_text(*_SIGNATURE)
-    sheet.save(file, pnginfo=signed)
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether a preview was drawn here."""
-    key, value = _SIGNATURE
-    try:
-        with Image.open(file) as picture:
-            return picture.info.get(key) == value
-    except OSError:
-        return False
+    """A picture for the LoRA's card: its first concepts as the merged file draws them."""
+    drawn = [row.after[0] for row in comparison.concepts[: preview.MOST]]
+    if drawn and here().option("loraclr_preview", True):
+        preview.save(preview.sheet(drawn), path)
 
 
 def interrupt(task: str) -> None:

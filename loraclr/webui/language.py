@@ -5,39 +5,22 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from loraclr.webui import beside
+from loraclr.webui.sentences import CORE
 from loraclr.webui.surroundings import here
-
-#: What the core says while it merges, and of the result. What is more particular comes first.
-CORE = (
-    "Looking at the words",
-    "Looking at two in one picture",
-    "Looking at what must not change",
-    "Looking at {name}",
-    "Fitting the text encoder",
-    "Fitting words to pictures",
-    "Fitting the picture layers",
-    "Polishing, step {step} of {steps}",
-    "Drawing {name}",
-    "The word {old} of {name} is called {new} in the merged file.",
-    "{count} keys of {name} are not understood and left out ({key}).",
-    "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
-    'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
-    'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
-    "Pictures of {name} are changed more by {other} than by {name} itself: give {other} a lower weight.",
-    "A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.",
-    "{name}.json holds notes of yours and stays as it is, activation text included.",
-)
-
-_FOLDER = Path(__file__).parents[2] / "localizations"
 
 
 def say(sentence: str, **values: Any) -> str:
     """A sentence, translated if there is a translation, and then with the values in the place of their names."""
-    return _translations(str(here().option("localization", "None"))).get(sentence, sentence).format(**values)
+    return translations().get(sentence, sentence).format(**values)
+
+
+def translations() -> dict[str, str]:
+    """Sentence → translation into the user's language; empty for English."""
+    return _translations(str(here().option("localization", "None")))
 
 
 def retell(sentence: str) -> str:
@@ -68,6 +51,6 @@ def _pattern(sentence: str) -> str:
 def _translations(language: str) -> dict[str, str]:
     """Sentence → translation, as in this extension's file for a language; empty without one."""
     try:
-        return json.loads((_FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+        return json.loads(beside.text(f"localizations/{language}.json"))
     except (OSError, ValueError):
         return {}

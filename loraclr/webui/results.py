@@ -18,7 +18,7 @@ from loraclr import report
 from loraclr.alignment import ATTENTION, FEED_FORWARD, KINDS, OTHER, TEXT, WORDS
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
-from loraclr.webui import pictures
+from loraclr.webui import pictures, titles
 from loraclr.webui.components import script
 from loraclr.webui.job import Done
 from loraclr.webui.language import retell, say, shown
@@ -229,12 +229,12 @@ def tables(done: Done) -> list[Table]:
     seconds = [(_stage(stage), f"{time:.1f} s") for stage, time in merge.seconds.items()]
     whole = (say("Altogether"), f"{sum(merge.seconds.values()):.1f} s")
     found.append(Table(say("Time taken"), (say("Stage"), say("Time")), [*seconds, whole]))
-    settings = [(name.replace("_", " "), shown(value)) for name, value in merge.recipe()["settings"].items()]
+    told = [(titles.title(name), shown(value)) for name, value in merge.recipe()["settings"].items()]
     found.append(
         Table(
             say("Settings of the merge"),
             (say("Setting"), say("Value")),
-            [(say("Method of merging"), merge.method), *settings],
+            [(say("Method of merging"), merge.method), *told],
         )
     )
     return found

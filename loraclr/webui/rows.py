@@ -17,7 +17,7 @@ from loraclr.keys import Family
 from loraclr.webui import card, job, labels, library
 from loraclr.webui.card import Card
 from loraclr.webui.components import FormRow, ToolButton, script
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.settings import lines_of
 from loraclr.webui.surroundings import here
 
@@ -355,5 +355,5 @@ def _no_block_weights(weights: str, found: Card) -> str:
         try:
             blocks.block_weights(weights, found.lora.family)
         except ValueError as error:
-            return f"{str(error)[:1].upper()}{str(error)[1:]}"
+            return retell(str(error))
     return ""

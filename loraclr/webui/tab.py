@@ -12,7 +12,7 @@ import torch
 from loraclr.merging import Cancelled
 from loraclr.webui import card, history, job, labels, results, rows, settings, target
 from loraclr.webui.components import FormRow, script
-from loraclr.webui.language import say
+from loraclr.webui.language import retell, say
 from loraclr.webui.surroundings import here
 
 
@@ -57,6 +57,7 @@ def build() -> gr.Blocks:
             inputs=[task],
             outputs=panel.outputs,
             show_progress=False,
+            queue=False,
         )
         asked = [name, replace, form.rank, chosen.chosen]
         for component in asked:
@@ -96,8 +97,13 @@ def _note(name: str, replace: bool, rank: Any, chosen: list[str]) -> str:
     return f"<small>{escape(told)}</small>"
 
 
-def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
-    """The Merge button; returns the result's panel."""
+def _merge(task: str, *asked: Any) -> list[Any]:
+    """The Merge button; returns the result's panel, with a mark by which the page sees whose result it shows."""
+    *rest, said = _merged(task, *asked)
+    return [*rest, f'<i hidden data-task="{escape(task or "")}"></i>{said}']
+
+
+def _merged(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
     count = len(settings.FIELDS)
     asked, chosen, fields = rest[:count], rest[count] or [], rest[count + 1 :]
     try:
@@ -109,12 +115,12 @@ def _merge(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
         here().log("LoRACLR Merge ran out of memory")
         return _failed(say("The graphics card ran out of memory; choose a smaller picture size under Advanced."))
     except (ValueError, OSError) as error:
-        return _failed(str(error))
+        return _failed(retell(str(error)))
     return results.filled(done)
 
 
 def _restored(task: str) -> list[Any]:
-    """What a job has returned whose page was reloaded or closed, once it has ended."""
+    """What a job has returned, once it has ended, for a page that the answer has not reached."""
     while here().runs(task) or here().waits(task):
         time.sleep(0.2)
     found = here().outcome(task)

@@ -38,9 +38,12 @@ def checkout() -> Path:
 
 @contextmanager
 def running(data: Path, probe: bool = False, more: Sequence[str] = ()) -> Iterator[Webui]:
-    """A webui with this extension on a data folder that has its models; with the test's own probe and flags on wish."""
+    """A webui with this extension on a data folder that has its models, and may have other extensions.
+
+    With the test's own probe and flags on wish.
+    """
     extensions = data / "extensions"
-    extensions.mkdir()
+    extensions.mkdir(exist_ok=True)
     (extensions / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
     if probe:  # extensions load in the order of their names, and the probe imports the other's package
         (extensions / "zz-probe" / "scripts").mkdir(parents=True)

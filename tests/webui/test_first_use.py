@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import checkout, running
 from webui_driver import Tab, Webui
 
-REPOSITORY = Path(__file__).parents[2]
 #: An extension of the test's own: makes the webui hold a checkpoint of another kind, in name only (POST /pretend).
 PRETEND = """
 from types import SimpleNamespace
@@ -19,11 +16,11 @@ from types import SimpleNamespace
 from modules import script_callbacks, sd_models
 
 
-def pretend(loaded: bool):
-    info = SimpleNamespace(name_for_extra="sd3_medium", title="sd3_medium.safetensors", filename="sd3_medium")
-    sd_models.checkpoints_list["sd3_medium.safetensors"] = info
+def pretend(name: str, loaded: bool):
+    info = SimpleNamespace(name_for_extra=name, title=f"{name}.safetensors", filename=name)
+    sd_models.checkpoints_list[info.title] = info
     if loaded:
-        families = {f"is_{family}": family == "sd3" for family in ("sd1", "sd2", "sdxl", "ssd", "sd3")}
+        families = {f"is_{family}": name.startswith(family) for family in ("sd1", "sd2", "sdxl", "ssd", "sd3")}
         sd_models.model_data.sd_model = SimpleNamespace(
             **families, sd_checkpoint_info=info, cond_stage_model=None, lowvram=False
         )
@@ -37,19 +34,13 @@ script_callbacks.on_app_started(lambda _, app: app.add_api_route("/pretend", pre
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webui]:
     """A webui with the extension, and nothing else in it."""
-    if not os.environ.get("WEBUI_DIR"):
-        pytest.skip("set WEBUI_DIR to a stable-diffusion-webui checkout (and WEBUI_PYTHON to its python) to run these")
+    checkout()
     data = tmp_path_factory.mktemp("webui")
     scripts = data / "extensions" / "pretend" / "scripts"
     scripts.mkdir(parents=True)
     (scripts / "pretend.py").write_text(PRETEND)
-    (data / "extensions" / "sd-webui-loraclr").symlink_to(REPOSITORY, target_is_directory=True)
-    running = Webui(Path(os.environ["WEBUI_DIR"]).resolve(), os.environ.get("WEBUI_PYTHON", sys.executable), data)
-    try:
-        running.wait()
-        yield running
-    finally:
-        running.stop()
+    with running(data) as started:
+        yield started
 
 
 def test_hints(bare: Webui, chromium: Any) -> None:
@@ -66,13 +57,16 @@ def test_hints(bare: Webui, chromium: Any) -> None:
 
     assert "There is no checkpoint yet" in refreshed()
     assert str(bare.data / "models" / "Stable-diffusion") in hint.inner_text()
-    bare.ask("/pretend?loaded=false", {})
+    bare.ask("/pretend?name=sd3_medium&loaded=false", {})
     assert "There is no LoRA yet" in refreshed()
     assert str(bare.loras) in hint.inner_text()
     checkpoint.install_loras(bare.loras)
     assert "Choose two or more LoRAs" in refreshed()
-    bare.ask("/pretend?loaded=true", {})
-    assert "The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL" in refreshed()
+    for name in ("flux1_dev", "sd3_medium"):
+        bare.ask(f"/pretend?name={name}&loaded=true", {})
+        tab.page.reload()
+        tab.open()
+        assert "The loaded checkpoint is none of SD 1.x, SD 2.x and SDXL" in refreshed()
     tab.choose("tiger", "panda")
     tab.settle()
     assert "sd3_medium is no checkpoint of Stable Diffusion 1.x, 2.x or XL" in tab.merge()

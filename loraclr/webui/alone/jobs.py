@@ -29,7 +29,7 @@ class Running:
     """
 
     task: str
-    stage: str = "Beginning"
+    stage: str = ""
     share: float = 0.0
     since: float = field(default_factory=time.monotonic)
     stop: bool = False

@@ -35,10 +35,45 @@ function localRemove(name) {
 }
 
 // There is one tab, which is open; its parts are there when this runs.
-function onUiTabChange() {}
+function onUiTabChange(then) {
+    setTimeout(then, 0);
+}
 
 function onOptionsAvailable(then) {
     setTimeout(then, 0);
+}
+
+let loraclrWords = {};
+
+function loraclrSay(sentence, values) {
+    return (loraclrWords[sentence] || sentence).replace(/{(\w+)}/g, (_, name) => values[name]);
+}
+
+// Translates the page's fixed strings, and those that it gets later, as the webui does: texts, placeholders, tooltips.
+function loraclrTranslate(words) {
+    loraclrWords = words;
+    function translate(node) {
+        if (node.nodeType == Node.TEXT_NODE) {
+            const said = node.data.trim();
+            if (Object.hasOwn(words, said)) node.data = node.data.replace(said, () => words[said]);
+        } else if (node.nodeType == Node.ELEMENT_NODE && !["SCRIPT", "STYLE", "TEXTAREA"].includes(node.tagName)) {
+            for (const name of ["placeholder", "title"]) {
+                const said = node.getAttribute(name);
+                if (said && Object.hasOwn(words, said)) node.setAttribute(name, words[said]);
+            }
+            node.childNodes.forEach(translate);
+        }
+    }
+    if (!Object.keys(words).length) return;
+    translate(document.body);
+    new MutationObserver(function(changes) {
+        for (const change of changes) {
+            if (change.type == "childList") change.addedNodes.forEach(translate);
+            else translate(change.target);
+        }
+    }).observe(document.body, {
+        childList: true, subtree: true, characterData: true, attributeFilter: ["placeholder", "title"],
+    });
 }
 
 function loraclrClock(seconds) {
@@ -47,9 +82,9 @@ function loraclrClock(seconds) {
 }
 
 function loraclrProgressText(told) {
-    if (told.state == "waiting") return "Waiting: " + told.place + " of " + told.of;
-    const left = told.left == null ? "" : ", " + loraclrClock(told.left) + " left";
-    return told.stage + ": " + Math.floor(100 * told.share) + "%" + left;
+    if (told.state == "waiting") return loraclrSay("Waiting: {place} of {of}", told);
+    const left = told.left == null ? "" : ", " + loraclrSay("{time} left", {time: loraclrClock(told.left)});
+    return (told.stage || loraclrSay("Beginning")) + ": " + Math.floor(100 * told.share) + "%" + left;
 }
 
 // Shows a job's progress above a place, and its latest picture in it, until it has ended or does not begin.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sysconfig
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -17,37 +16,28 @@ from fastapi.responses import FileResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from loraclr.webui import api, tab
+from loraclr.webui import api, beside, language, tab
 from loraclr.webui.alone.listing import PICTURES
 from loraclr.webui.alone.program import Alone
 from loraclr.webui.components import script
 
 _HERE = Path(__file__).parent
-#: Where the files are that the webui reads from an extension's own folder: in a clone, or as pip has installed them.
-_SHARED = (_HERE.parents[2], Path(sysconfig.get_path("data")) / "share" / "loraclr")
 OWN_NAMES = ["127.0.0.1", "localhost"]
 
 
 def page() -> gr.Blocks:
     """The tab as a page: with its scripts, and what of the webui's these use."""
-    scripts = "\n".join([(_HERE / "page.js").read_text("utf-8"), _shared("javascript/loraclr_merge.js")])
+    words = f"loraclrTranslate({json.dumps(language.translations())});"
+    scripts = "\n".join([(_HERE / "page.js").read_text("utf-8"), beside.text("javascript/loraclr_merge.js"), words])
     # A page of gradio 3 has no other place for scripts; run by the window, so that all of them find all functions.
     load = f"() => {{ (0, eval)({json.dumps(scripts)}); return []; }}"
-    css = _shared("style.css") + (_HERE / "page.css").read_text("utf-8")
+    css = beside.text("style.css") + (_HERE / "page.css").read_text("utf-8")
     look = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # gradio's own are on the net
     with gr.Blocks(title="LoRACLR Merge", theme=look, css=css, analytics_enabled=False) as whole:
         with gr.Column(elem_id="tab_loraclr"):
             tab.build()
         whole.load(fn=None, inputs=[], outputs=[], **script(load))
     return whole
-
-
-def _shared(name: str) -> str:
-    """The text of one of the extension's files. Raises FileNotFoundError if it is not installed."""
-    path = next((path for folder in _SHARED if (path := folder / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{Path(name).name} is not installed; run this from a clone of the repository.")
-    return path.read_text("utf-8")
 
 
 def app(program: Alone, names: list[str] | None = None) -> FastAPI:
@@ -74,8 +64,10 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
         return FileResponse(path)
 
     blocks = page()
-    many = {"concurrency_count": 16} if gr.__version__.startswith("3.") else {"default_concurrency_limit": 16}
-    blocks.queue(api_open=False, **many)
+    # Version 3's queue asks its own server by httpx, which since 0.27 gives an answer 5 s: a longer merge's was lost.
+    # Without it each event is a request of the page's own.
+    if not gr.__version__.startswith("3."):
+        blocks.queue(api_open=False, default_concurrency_limit=16)
     gr.mount_gradio_app(whole, blocks, path="/")
     for route in whole.routes:
         if isinstance(getattr(route, "app", None), FastAPI):  # gradio's; version 3 lets pages of any site ask it

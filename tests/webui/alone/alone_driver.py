@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ class Alone:
         started: how many seconds its start took.
     """
 
-    def __init__(self, gradio: Path, data: Path) -> None:
+    def __init__(self, gradio: Path, data: Path, more: Sequence[str] = ()) -> None:
         from miniature import checkpoint
 
         self.loras = data / "Lora"
@@ -40,7 +42,7 @@ class Alone:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "loraclr", "ui", "--checkpoint", str(model), "--port", str(self.port)]
-        command += ["--api-auth", USER, "--device", "cpu"]
+        command += ["--api-auth", USER, "--device", "cpu", *more]
         path = os.pathsep.join([str(gradio), str(REPOSITORY)])
         environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.log = data / "log"
@@ -59,6 +61,15 @@ class Alone:
     def tail(self) -> str:
         """The end of its log."""
         return self.log.read_text(errors="replace")[-4000:]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Inside, it stands still."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
 
     def files(self) -> set[str]:
         """All files in the LoRA folder, hidden and temporary ones too."""
