@@ -23,7 +23,7 @@ from tqdm import tqdm
 import loraclr
 from benchmarks import metrics, scenes
 from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
-from benchmarks.results import Piece, Pieces, rows, table
+from benchmarks.results import COLUMNS, Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
 from loraclr import files, report
 from loraclr.capture import Changes
@@ -248,6 +248,9 @@ def parser() -> argparse.ArgumentParser:
         type=_listed(CONTENDERS, str),
         help=f"of {', '.join(CONTENDERS)} (default: all but {', '.join(ON_REQUEST)})",
     )
+    options.add_argument(
+        "--columns", type=_listed(COLUMNS, str), default=COLUMNS, help=f"of the table: {', '.join(COLUMNS)}"
+    )
     options.add_argument("--seeds", type=int, help=f"how many (default: {SEEDS})")
     options.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
     return options
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     usual = QUICK_METHODS if args.quick else tuple(name for name in CONTENDERS if name not in ON_REQUEST)
     names = args.methods or usual
     result = run(args.json, plan, counts, seeds, names, open_miniature(args.device), Judge.load())
-    print(report.text(table(result)))
+    print(report.text(table(result, args.columns)))
 
 
 if __name__ == "__main__":

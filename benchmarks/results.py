@@ -120,20 +120,30 @@ def _with_error(name: str, found: Share | Mean) -> dict:
     return {name: value, f"{name}_se": error if value is not None else None}
 
 
-def table(found: Sequence[Mapping]) -> Table:
+#: All columns: a figure, or the difference of one to the single LoRAs.
+COLUMNS = (
+    "identity", "identity_delta", *list(FIGURES)[1:], "text_delta", "picture_delta", "capture_s", "merge_s",
+)  # fmt: skip
+
+
+def table(found: Sequence[Mapping], columns: Sequence[str] = COLUMNS) -> Table:
     """All rows, for a terminal."""
-    columns = ["", "identity", "Δ identity", *list(FIGURES.values())[1:], "Δ text", "Δ picture", "capture s", "merge s"]
-    keys = ["identity", "identity_delta", *list(FIGURES)[1:], "text_delta", "picture_delta"]
-    lines = []
-    for row in found:
-        seconds = ["–" if row[name] is None else f"{row[name]:.1f}" for name in ("capture_s", "merge_s")]
-        lines.append([f"{row['concepts']} {row['method']}", *(_cell(row, key) for key in keys), *seconds])
+    lines = [[f"{row['concepts']} {row['method']}", *(_cell(row, key) for key in columns)] for row in found]
     refused = [f"{row['concepts']} {row['method']}: {row['refused']}" for row in found if row["refused"]]
-    return Table("Quality on the miniature", columns, lines, "\n".join([NOTE, *refused]))
+    heads = ["", *map(_heading, columns)]
+    return Table("Quality on the miniature", heads, lines, "\n".join([NOTE, *refused]))
+
+
+def _heading(key: str) -> str:
+    if key.endswith("_s"):
+        return f"{key[:-2]} s"
+    return f"Δ {FIGURES[key[:-6]]}" if key.endswith("_delta") else FIGURES[key]
 
 
 def _cell(row: Mapping, key: str) -> str:
     if row[key] is None:
         return "–"
+    if key.endswith("_s"):
+        return f"{row[key]:.1f}"
     sign = "+" if key.endswith("_delta") else ""
     return f"{row[key]:{sign}.3f}" + ("" if row[f"{key}_se"] is None else f"±{row[f'{key}_se']:.3f}")

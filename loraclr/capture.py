@@ -125,8 +125,8 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
 class Bank:
     """UNet calls of one concept's own pictures: what it saw and what it predicted. Polish needs no other teacher.
 
-    Lists of equal length, one entry for each picture and step, on the CPU: x (4, h, w), t (), prediction (4, h, w),
-    and the number of the prompt in `prompts`.
+    Lists of equal length, one entry for each picture and step, on the CPU and in the UNet's own precision: x (4, h, w),
+    t (), prediction (4, h, w), and the number of the prompt in `prompts`.
     """
 
     prompts: list[str]
@@ -139,9 +139,10 @@ class Bank:
         return len(self.x)
 
     def add(self, x: Tensor, t: Tensor, prompt: int, prediction: Tensor) -> None:
-        """One entry more, copied to the CPU as float32."""
-        for values, value in ((self.x, x), (self.t, t), (self.prediction, prediction)):
-            values.append(value.detach().float().cpu().clone())
+        """One entry more, copied to the CPU."""
+        self.t.append(t.detach().float().cpu().clone())
+        for values, value in ((self.x, x), (self.prediction, prediction)):
+            values.append(value.detach().cpu().clone())
         self.prompt.append(prompt)
 
     def thinned(self, every: int) -> Bank:

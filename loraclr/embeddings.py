@@ -46,7 +46,9 @@ def read(tensors: Mapping[str, Tensor], family: Family) -> tuple[Embeddings, lis
 
 def encoder(tensor: Tensor, family: Family) -> str | None:
     """The encoder whose words have the width of this tensor; None if it is no embedding of the family."""
-    if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+    if tensor.ndim not in (1, 2) or tensor.numel() == 0 or not tensor.is_floating_point():
+        return None
+    if not torch.isfinite(tensor.float()).all():
         return None
     return _ENCODERS[family].get(tensor.shape[-1])
 

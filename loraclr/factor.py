@@ -64,13 +64,36 @@ def decompose(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     wide = delta.to(float64_device(delta.device), torch.float64)
     tall = wide.shape[0] > wide.shape[1]
     wide = wide.T if tall else wide
-    squares, leading = torch.linalg.eigh(wide @ wide.T)
+    squares, leading = _leading(wide @ wide.T, rank)
     count = max(1, int((squares > 1e-14 * squares[-1]).sum()))
     count = count if rank is None else min(count, rank)
     leading, root = leading[:, -count:].flip(1), squares[-count:].flip(0).clamp(min=0).pow(0.25)
     up, down = leading * root, (leading.T @ wide) / root.clamp(min=1e-30)[:, None]
     up, down = (down.T, up.T) if tall else (up, down)
     return up.to(delta.device, delta.dtype).contiguous(), down.to(delta.device, delta.dtype).contiguous()
+
+
+_BESIDE = 16  # directions carried along, which make the wanted ones settle faster
+
+
+def _leading(gram: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a Gram matrix, at least `count` of them in rising order, and their eigenvectors.
+
+    Few of many are found by subspace iteration, to 1e-10 of their sum, several times faster than all at once.
+    """
+    size = len(gram)
+    if count is None or 4 * (count + _BESIDE) > size:
+        return torch.linalg.eigh(gram)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, count + _BESIDE, dtype=gram.dtype, generator=generator).to(gram.device)
+    basis, found = torch.linalg.qr(gram @ start)[0], 0.0
+    while True:
+        image = gram @ basis
+        values, rotation = torch.linalg.eigh(basis.T @ image)
+        total = float(values[-count:].sum())
+        if not total - found > 1e-10 * total:  # also ends for NaN
+            return values[-count:], (basis @ rotation)[:, -count:]
+        basis, found = torch.linalg.qr(image)[0], total
 
 
 def energy(up: Tensor, down: Tensor, gram: Tensor | None = None) -> float:

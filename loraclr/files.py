@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loraclr import edlora, embeddings, pickled
 from loraclr.formats import Norm
+from loraclr.formats.change import finite
 from loraclr.formats.scaling import PEFT_CONFIG
 from loraclr.keys import Family
 from loraclr.lora import Layer, LoRA, LoRAFormatError, parse, tags_from
@@ -275,10 +276,10 @@ def _parts(layer: Layer | Norm) -> dict[str, Tensor]:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if not torch.isfinite(tensor).all():
+    if not finite(tensor):
         raise ValueError(f"layer {name} holds NaN or infinite values, so the LoRA cannot be saved")
     cast = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(cast).all():
+    if not finite(cast):
         largest = float(tensor.abs().max())
         short = str(dtype).removeprefix("torch.")
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraclr import embeddings, formats, keys
 from loraclr.formats import Change, Incomplete, Layer, Parts
-from loraclr.formats.change import in_words
+from loraclr.formats.change import finite, in_words
 from loraclr.formats.scaling import Scaling
 
 __all__ = ["Change", "Layer", "LoRA", "LoRAFormatError", "parse", "trigger_from"]
@@ -78,7 +78,7 @@ def tags_from(metadata: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     folders = metadata.get("ss_tag_frequency")
     try:
         folders = json.loads(folders) if isinstance(folders, str) else folders
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number without end, or brackets without end
         return {}
     return {
         folder: {tag.strip(): n for tag, n in tags.items() if isinstance(n, int) and tag.strip()}
@@ -200,7 +200,7 @@ def _check_values(layer_name: str, tensors: Mapping[str, Tensor], title: str) ->
                 f"{title} cannot be read: {layer_name}.{suffix} is {str(tensor.dtype).removeprefix('torch.')};"
                 " save it as float16."
             )
-        if not tensor.is_meta and not torch.isfinite(tensor.float()).all():
+        if not tensor.is_meta and not finite(tensor):
             raise LoRAFormatError(
                 f"{title} is damaged: {layer_name}.{suffix} holds NaN or infinite values;"
                 " use another epoch or copy of this LoRA."

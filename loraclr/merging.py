@@ -17,7 +17,7 @@ from loraclr.alignment import alignment
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
-from loraclr.factor import Rank, truncate
+from loraclr.factor import Rank, kept, truncate
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.lora import Layer
@@ -40,7 +40,14 @@ SEVERAL = 512  # pictures up to this side in pixels go through the polish severa
 #: which only few LoRAs change, 15.7 GB more.
 HELD = 10e9
 
+#: Steps of the polish for up to `FEW` concepts.
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
+FEW = 4
+
+
+def polish_steps(speed: Speed, concepts: int) -> int:
+    """Steps of the polish: of many concepts each is learnt from as often as of few."""
+    return POLISH_STEPS[speed] * max(FEW, concepts) // FEW
 
 
 class Cancelled(Exception):
@@ -52,7 +59,7 @@ class Settings:
     """How to merge; the defaults are for every number and kind of LoRAs.
 
     Attributes:
-        speed: how long to polish (POLISH_STEPS).
+        speed: how long to polish (`polish_steps`).
         rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
             the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
@@ -134,7 +141,7 @@ def merge(
         result.seconds["capture"] += run.lap()
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
-        result.layers = run.layers()
+        result.layers, result.kept = run.layers(), run.kept
         result.notes += run.reasons(polished)
         result.alignment = run.alignment()
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
@@ -157,7 +164,7 @@ def _work(
     """
     again = (passes - 1) * sum(map(len, texts))
     drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
-    return drawn, 1.1 * drawn + 3 * rows * POLISH_STEPS[settings.speed]
+    return drawn, 1.1 * drawn + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
@@ -216,6 +223,7 @@ class _Run:
         self.statistics: dict[str, Statistics | NormStatistics] = {}
         self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
         self.whitens = settings.directions > 0 and POLISH_STEPS[settings.speed] > 0
         self.banks: list[Bank] = []
@@ -368,7 +376,9 @@ class _Run:
             if isinstance(statistics, NormStatistics):
                 pass  # has no rank
             elif self.settings.rank is not None:
-                up, down = truncate(up, down, self.settings.rank, statistics.gram)
+                cut = truncate(up, down, self.settings.rank, statistics.gram)
+                self.kept[name] = kept(up, down, *cut, statistics.gram)
+                up, down = cut
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
@@ -380,7 +390,8 @@ class _Run:
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""
-        steps, concepts = POLISH_STEPS[self.settings.speed], len(self.banks) - 1
+        concepts = len(self.banks) - 1
+        steps = polish_steps(self.settings.speed, concepts)
         before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before

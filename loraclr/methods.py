@@ -16,7 +16,7 @@ from loraclr.baselines import arithmetic
 from loraclr.baselines.fitting import Loop, by_gradient_fusion, by_reference
 from loraclr.changes import Changes, aligned, factors_of, layer_of
 from loraclr.concept import Concept, check_layers, check_weights
-from loraclr.factor import decompose, truncate
+from loraclr.factor import Rank, decompose, energy, kept, truncate
 from loraclr.formats import Layer
 from loraclr.formats.change import in_words
 from loraclr.hosts import Host
@@ -32,13 +32,14 @@ class Options:
     """How to merge by weights alone.
 
     Attributes:
-        rank: largest rank; None: the sum of the LoRAs' ranks (for svd the largest of them), which keeps a sum exact.
+        rank: largest rank; None: the sum of the LoRAs' ranks (for svd the largest of them), which keeps a sum exact;
+            "auto": in each layer the smallest that keeps 99.5 % of ‖ΔW‖².
         density: share of the entries that ties, dare and magnitude-prune keep.
         scale: the merged change times this.
         seed: of what dare drops.
     """
 
-    rank: int | None = None
+    rank: Rank = None
     density: float = 0.5
     scale: float = 1.0
     seed: int = 0
@@ -175,10 +176,12 @@ def combine(
         present = [factors_of(one.lora.layers[name], one.strength(name), weight) for one in there]
         shape = _shape(name, [concept.lora for concept in there]) if weight is None else tuple(weight.shape)
         try:
-            merged = _merged(chosen, aligned(present), layerwise)
+            merged, share = _merged(chosen, aligned(present), layerwise)
         except ValueError as error:
             raise ValueError(f"The method {method} cannot merge these LoRAs: in {name}, {error}") from error
         result.layers[name] = layer_of(merged, shape)
+        if share is not None:
+            result.kept[name] = share
     result.seconds["merge"] = time.monotonic() - started
     progress("Done", 1.0, 0.0)
     return result
@@ -227,20 +230,26 @@ def check_family(loras: Sequence[LoRA]) -> None:
             )
 
 
-def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> Factors:
-    """One layer's changes merged, at the scale and rank asked for."""
+def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> tuple[Factors, float | None]:
+    """One layer's changes merged, at the scale and rank asked for, and what share of ‖ΔW‖² a rank keeps that cuts."""
     options = layer.options
     if present[0][0].ndim == 1:  # a norm layer: has no inputs to be looked at or cut
         share = options.scale / (layer.count if method.name == "average" else 1)
         scale, shift = _sum(present)
-        return share * scale, share * shift
+        return (share * scale, share * shift), None
     merged, ranks = method.arithmetic(present, layer), [down.shape[0] for _, down in present]
     most = min(present[0][0].shape[0], present[0][1].shape[1])
     rank = options.rank or min(max(ranks) if method.name == "svd" else sum(ranks), most)
     if isinstance(merged, Tensor):
-        return decompose(options.scale * merged, rank)
-    up, down = options.scale * merged[0], merged[1]
-    return (up, down) if down.shape[0] <= rank else truncate(up, down, rank)
+        merged, dense = decompose(options.scale * merged, None if rank == "auto" else rank), options.scale * merged
+        if rank != "auto":
+            return merged, energy(*merged) / max(float(dense.double().square().sum()), 1e-300)
+    else:
+        merged = options.scale * merged[0], merged[1]
+        if rank != "auto" and merged[1].shape[0] <= rank:
+            return merged, None
+    cut = truncate(*merged, rank)
+    return cut, kept(*merged, *cut)
 
 
 def _shape(name: str, loras: Sequence[LoRA]) -> tuple[int, ...]:

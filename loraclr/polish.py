@@ -43,7 +43,7 @@ def together(bank: Bank) -> list[tuple[int, ...]]:
     An entry that has no partner is alone.
     """
     empty = {place for place, prompt in enumerate(bank.prompts) if not prompt}
-    key = [(float(t), x.numpy().tobytes()) for t, x in zip(bank.t, bank.x, strict=True)]
+    key = [(float(t), x.float().numpy().tobytes()) for t, x in zip(bank.t, bank.x, strict=True)]
     without = {key[entry]: entry for entry, prompt in enumerate(bank.prompt) if prompt in empty}
     pairs = [
         (entry, without[key[entry]])
@@ -233,7 +233,7 @@ def difference(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
     context = host.encode(unique)[[unique.index(text) for text in texts]]
     x = torch.stack([banks[row.bank].x[row.entry] for row in rows]).to(context.tokens)
     t = torch.stack([banks[row.bank].t[row.entry] for row in rows]).to(x.device)
-    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device)
+    teacher = torch.stack([banks[row.bank].prediction[row.entry] for row in rows]).to(x.device, torch.float32)
     return host.predict(x, t, context).float() - teacher
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Merge:
             (0 is perfect), after the closed form and after the polish.
         alignment: per concept name and kind of layer how near the merged change comes to its own (1: the same), see
             `loraclr.alignment`.
+        kept: per layer name the share of its output's energy (for methods by weights alone, of ‖ΔW‖²) that is left
+            where a rank cut it, before any polish.
         seconds: wall-clock time by stage.
         checkpoint: the model that it was made for; None if none was looked at.
         words: the embeddings that the LoRAs bring along.
@@ -46,6 +48,7 @@ class Merge:
     layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     alignment: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)
@@ -91,6 +94,7 @@ class Merge:
             "concepts": concepts,
             "settings": settings,
             "missed": self.missed,
+            "kept": {name: round(share, 4) for name, share in self.kept.items()},
         }
 
 
@@ -106,6 +110,9 @@ def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> M
         result.words |= result.concepts[-1].lora.words
         for old, new in renamed.items():
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
+        if unused := concept.lora.unused:
+            count = len(unused)
+            result.notes.append(f"{count} keys of {concept.lora.name} are not understood and left out ({unused[0]}).")
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
             result.notes.append(
@@ -162,7 +169,10 @@ def write(
     known = norms <= MOST_UNKNOWN
     bundle = bundle and sum(map(len, merge.words.values())) + norms * known <= MOST_UNKNOWN
     if any(isinstance(layer, Norm) or layer.bias is not None for layer in layers.values()):
-        merge.notes.append("diffusers does not load this file: it changes biases or norm layers.")
+        merge.notes.append(
+            "diffusers does not load this file, and kohya's tools leave a part of it out: it changes biases or norm "
+            "layers. On the command line, --plain leaves these changes out."
+        )
     if not known:
         merge.notes.append("Forge does not load this file: it changes norm layers of a text encoder.")
     if merge.words and not bundle and (overwrite or not path.exists()):
@@ -178,6 +188,21 @@ def write(
     if written is None and files.activation_text(path) != merge.triggers:
         merge.notes.append(f"{path.stem}.json holds notes of yours and stays as it is, activation text included.")
     return path
+
+
+def make_plain(merge: Merge) -> None:
+    """Leave out what only some programs load, changes of biases and norm layers; `merge.notes` says how many.
+
+    Raises:
+        ValueError: nothing else is there.
+    """
+    kept = {name: layer for name, layer in merge.layers.items() if isinstance(layer, Layer)}
+    biases, norms = sum(layer.bias is not None for layer in kept.values()), len(merge.layers) - len(kept)
+    if not kept:
+        raise ValueError("Only norm layers are changed, and --plain leaves them out: nothing is left to write.")
+    if biases or norms:
+        merge.notes.append(f"The changes of {biases} biases and {norms} norm layers are left out.")
+    merge.layers = {name: replace(layer, bias=None) for name, layer in kept.items()}
 
 
 def note_bled(path: str | Path, bled: Mapping[str, Mapping[str, float]]) -> None:

@@ -178,9 +178,26 @@ def test_decompose_is_the_best_of_its_rank(outputs: int, width: int, rank: int, 
     torch.testing.assert_close(up @ down, delta, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("fall", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("shape", [(130, 200), (200, 130)])
+def test_decompose_finds_few_of_many_directions(fall: float, shape: tuple[int, int]) -> None:
+    """Also where the singular values hardly differ, so that no direction stands out."""
+    left, right = (torch.linalg.qr(random(size, 130, seed=size, dtype=DOUBLE))[0] for size in shape)
+    singular = torch.arange(1, 131, dtype=DOUBLE) ** -fall
+    delta = left * singular @ right.T
+    up, down = decompose(delta, 8)
+    assert up.shape == (shape[0], 8)
+    kept, best = (up @ down).square().sum(), singular[:8].square().sum()
+    torch.testing.assert_close(kept, best, rtol=1e-6, atol=0)
+    torch.testing.assert_close((delta - up @ down).square().sum(), delta.square().sum() - best, rtol=1e-5, atol=1e-12)
+
+
 def test_decompose_finds_the_rank_and_survives_zeros() -> None:
     up, down = decompose(random(20, 3) @ random(3, 15, seed=1))
     assert up.shape == (20, 3)
+    assert decompose(torch.zeros(200, 130), 4)[0].shape == (200, 1)
+    with pytest.raises(RuntimeError):
+        decompose(torch.full((200, 130), torch.nan), 4)
     up, down = decompose(torch.zeros(4, 3))
     assert up.shape == (4, 1)
     assert torch.equal(up @ down, torch.zeros(4, 3))

@@ -20,6 +20,7 @@ from loraclr.__main__ import main, parser
 from loraclr.cli import Refused
 from loraclr.cli import merge as command
 from loraclr.cli.progress import Line, clock, sentence
+from loraclr.formats import Norm
 from loraclr.hosts import Checkpoint
 from loraclr.lora import Layer
 from loraclr.methods import METHODS
@@ -327,6 +328,56 @@ class TestByWeightsAlone:
         assert layer.rank == (1 if rank else 4)
         assert layer.delta().abs().max() > 0.01
 
+    @pytest.mark.parametrize(("method", "rank"), [("sum", "auto"), ("ties", "auto"), ("svd", "2"), ("ties", "2")])
+    def test_what_a_rank_keeps_is_said_and_told(
+        self, here: Path, capsys: pytest.CaptureFixture[str], method: str, rank: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in ("c", "d"):
+            fades = torch.diag(torch.tensor([3.0, 1.0, 0.3, 0.1]))
+            factors = torch.randn(9, 4, generator=generator) @ fades, torch.randn(4, 8, generator=generator)
+            files.save(here / f"{name}.safetensors", {UNET: Layer(*factors, 4.0)}, {}, torch.float32)
+        pair = ["--lora", "c.safetensors", "--lora", "d.safetensors"]
+        how = ["--method", method, "--dtype", "fp32"]
+        assert main(["merge", *pair, "--output", "out.safetensors", *how, "--rank", rank]) == 0
+        said = capsys.readouterr().out
+        assert main(["merge", *pair, "--output", "all.safetensors", *how, "--rank", "8"]) == 0
+        merged, whole = (files.load(here / f"{name}.safetensors") for name in ("out", "all"))
+        layer, delta = merged.layers[UNET], whole.layers[UNET].delta()
+        share = 1 - float((delta - layer.delta()).square().sum() / delta.square().sum())
+        told = json.loads(merged.metadata["loraclr.recipe"])["kept"]
+        assert told == {UNET: pytest.approx(share, abs=1e-4)} and 0.5 < share < 0.9999
+        share = f"{100 * share:.1f} %"
+        assert f"The rank keeps {share} of a layer's change on average, {share} in the worst ({UNET})." in said
+        energies = torch.linalg.svdvals(delta).square().cumsum(0) / delta.square().sum()
+        assert layer.rank == (int((energies < 0.995).sum()) + 1 if rank == "auto" else 2)
+
+    def test_plain_leaves_out_what_diffusers_refuses(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        layers = {
+            UNET: Layer(torch.ones(4, 2), torch.ones(2, 4), 2.0, bias=torch.ones(4)),
+            "lora_unet_conv_norm_out": Norm(torch.ones(4)),
+            "odd": Layer(torch.ones(4, 2), torch.ones(2, 4), 2.0),
+        }
+        files.save(here / "c.safetensors", layers, {})
+        how = ["merge", "--lora", "c.safetensors", "--method", "sum", "--output"]
+        assert main([*how, "with.safetensors"]) == 0
+        told = capsys.readouterr().out
+        assert "diffusers does not load this file" in told and "--plain leaves these changes out" in told
+        assert "3 keys of c are not understood and left out (odd.alpha)." in told
+        assert main([*how, "without.safetensors", "--plain"]) == 0
+        assert "The changes of 1 biases and 1 norm layers are left out." in capsys.readouterr().out
+        plain = files.load(here / "without.safetensors")
+        torch.testing.assert_close(plain.layers[UNET].delta(), torch.full((4, 4), 2.0), rtol=1e-3, atol=0)
+        assert plain.layers.keys() == {UNET} and plain.layers[UNET].bias is None
+        diffusers = pytest.importorskip("diffusers")
+        diffusers.StableDiffusionPipeline.lora_state_dict(here / "without.safetensors")
+        with pytest.raises(ValueError, match="lora_unet_conv_norm_out"):
+            diffusers.StableDiffusionPipeline.lora_state_dict(here / "with.safetensors")
+        files.save(here / "norms.safetensors", {"lora_unet_conv_norm_out": Norm(torch.ones(4))}, {})
+        assert main(["merge", "--lora", "norms.safetensors", *how[3:], "x.safetensors", "--plain"]) == 2
+        assert "Only norm layers are changed" in capsys.readouterr().err
+        assert not list(here.glob("x.*"))
+
     def test_blocks(self, here: Path) -> None:
         ones = ",".join(["0", *["2"] * 16])
         assert main(["merge", *A, "--blocks", ones, "--output", "out.safetensors", "--method", "sum"]) == 0
@@ -464,7 +515,7 @@ def test_demo_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, arguments: list[str], words: str
 ) -> None:
     pytest.importorskip("diffusers")
-    import miniature
+    import miniature.checkpoint  # before its place is changed, which it looks up once
 
     (tmp_path / "taken").write_text("a file")
     monkeypatch.chdir(tmp_path)

@@ -68,7 +68,7 @@ def test_less_is_lacking_of_prompts_that_were_not_seen_and_others_stay(host, lor
             found = texts.usual @ (changed[name][0] @ changed[name][1] + layers[name].weight - weight).T
             lacking.append(float((found - wanted).norm() / wanted.norm()))
             assert changed[name][0].shape[1] <= folding.RANK + (own[name][0].shape[1] if name in own else 0)
-    assert max(lacking) < 1 and sum(lacking) / len(lacking) < 0.7, lacking
+    assert max(lacking) < 1 and sum(lacking) / len(lacking) < 0.75, lacking
 
     def predicted(changes: dict, context: torch.Tensor) -> torch.Tensor:
         x = torch.randn(len(context), 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -82,7 +82,7 @@ def test_less_is_lacking_of_prompts_that_were_not_seen_and_others_stay(host, lor
     assert missed > 0.005 * wanted.norm() and (fold - wanted).norm() < 0.7 * missed
     beside = host.encode(OTHERS).tokens
     moved = predicted(changed, beside) - predicted(own, beside)
-    assert moved.norm() / len(OTHERS) ** 0.5 < 0.5 * missed / len(UNSEEN) ** 0.5
+    assert moved.norm() / len(OTHERS) ** 0.5 < 0.25 * missed / len(UNSEEN) ** 0.5
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, work
+from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, polish_steps, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
 
@@ -189,6 +189,11 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
         assert missed["merged"] < 0.8 * missed["sum"]
 
 
+def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
+    assert [polish_steps("fast", count) for count in (1, 2, 4, 5, 8, 12)] == [64, 64, 64, 80, 128, 192]
+    assert [polish_steps("closed", count) for count in (2, 12)] == [0, 0]
+
+
 def test_polish_lowers_what_is_missed_and_the_model_stays_bit_identical() -> None:
     host = ToyHost()
     before = weights(host)
@@ -323,6 +328,10 @@ def test_auto_takes_the_rank_that_each_layer_needs() -> None:
     small = merge(host, concepts, replace(CLOSED, rank="auto"))
     ranks = {name: (layer.rank, exact.layers[name].rank) for name, layer in small.layers.items()}
     assert all(ours <= most for ours, most in ranks.values()) and any(ours < most for ours, most in ranks.values())
+    assert small.kept.keys() == small.layers.keys() and exact.kept == {}
+    assert all(0.995 <= share <= 1 + 1e-9 for share in small.kept.values())
+    assert any(small.kept[name] < 0.9999 for name, (ours, most) in ranks.items() if ours < most)
+    assert small.recipe()["kept"] == {name: round(share, 4) for name, share in small.kept.items()}
 
 
 def test_written_file_holds_the_recipe_and_loads_again(tmp_path) -> None:

@@ -224,6 +224,15 @@ def test_errors_are_of_the_mean_over_all_pictures() -> None:
     assert (row["identity_delta"], row["identity_delta_se"]) == (0, 0)
 
 
+def test_a_table_has_the_columns_that_are_asked_for() -> None:
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    rows = results.rows([Piece(2, method, 0, {}, values, 1.25, 2.0) for method in ("single", "sum")])
+    told = results.table(rows, ("identity", "identity_delta", "two_concept", "merge_s"))
+    assert told.columns == ["", "identity", "Δ identity", "two", "merge s"]
+    assert told.rows[1] == ["2 sum", "0.500±0.500", "+0.000±0.000", "0.500±0.250", "2.0"]
+    assert len(results.table(rows).columns) == len(results.COLUMNS) + 1
+
+
 def test_pieces_of_another_plan_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "pieces.jsonl"
     Pieces(path, {"concept": 1}).add(Piece(2, "sum", 0, {"concept": 1}))

@@ -123,6 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--separate-embeddings", action="store_true", help="write the LoRAs' embeddings beside the file, not into it"
     )
+    how.add_argument(
+        "--plain",
+        action="store_true",
+        help="leave out changes of biases and norm layers, so that every program loads all of the file",
+    )
     how.add_argument("--no-preview", action="store_true", help="draw no picture for the file's card")
     how.add_argument(
         "--scenes",
@@ -410,6 +415,8 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with refusing():
+            if args.plain:
+                result.make_plain(merge)
             result.write(
                 merge,
                 args.output,
@@ -428,4 +435,10 @@ def summary(merge: Merge, output: Path) -> str:
     lines = [f"Wrote {output}: {many}, {merge.ranks}, {size}, in {clock(sum(merge.seconds.values()))}."]
     for name, (_, missed) in merge.missed.items():
         lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
+    if merge.kept:
+        worst = min(merge.kept, key=merge.kept.get)
+        mean, least = 100 * sum(merge.kept.values()) / len(merge.kept), 100 * merge.kept[worst]
+        lines.append(
+            f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
+        )
     return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])

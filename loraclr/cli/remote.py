@@ -104,7 +104,7 @@ def order_of(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Refused: an option that only a merge on this machine has.
     """
-    only_here = ("checkpoint", "output", "recipe", "device", "dtype", "separate_embeddings")
+    only_here = ("checkpoint", "output", "recipe", "device", "dtype", "separate_embeddings", "plain")
     for name in only_here:
         if getattr(args, name) not in (None, False):
             raise Refused(

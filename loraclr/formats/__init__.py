@@ -37,6 +37,10 @@ def read(parts: Parts) -> tuple[Change | None, frozenset[str]]:
     used = kind.owns | {"alpha"} | _BIASES
     biases = [bias for bias in (scaled_bias(parts), parts.get("diff_b"), parts.get("b_norm")) if bias is not None]
     if biases:
+        rows, lengths = change.size[0], {bias.numel() for bias in biases}
+        if len(lengths | ({rows} - {None})) > 1:
+            shapes = parts.shapes(*sorted(_BIASES))
+            raise ValueError(f"{shapes} do not fit {'together' if rows is None else f'{rows} outputs'}")
         change = replace(change, bias=sum(bias.flatten() for bias in biases))
     if kind in (Layer, LoHa, LoKr):
         change, used = dora.decomposed(change, parts), used | dora.SUFFIXES

@@ -176,6 +176,12 @@ class Rows(Change):
         return on(base, self.fused.delta().chunk(self.parts)[self.part])[0]
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite in float32: their sum tells it faster, unless it is too large itself."""
+    values = tensor.float()
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def in_words(size: Iterable[int | None]) -> str:
     """A shape as "320×768", with "?" for what is not known."""
     return "×".join("?" if length is None else str(length) for length in size)

@@ -23,7 +23,7 @@ class Full(Change):
 
     @classmethod
     def read(cls, parts: Parts) -> Full:
-        name = next(suffix for suffix in ("diff", "set_weight", "w_norm") if suffix in parts)
+        name = next(suffix for suffix in ("diff", "set_weight") if suffix in parts)
         weight = parts.need(name)
         if weight.ndim == 0 or weight.numel() == 0:
             raise ValueError(f"{parts.shapes(name)} is no weight")
@@ -49,6 +49,13 @@ class Norm(Full):
     format = "norm"
     marks = frozenset({"w_norm"})
     owns = marks
+
+    @classmethod
+    def read(cls, parts: Parts) -> Norm:
+        weight = parts.need("w_norm")
+        if weight.ndim != 1 or weight.numel() == 0:
+            raise ValueError(f"{parts.shapes('w_norm')} is no norm layer's weight")
+        return cls(weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,6 @@ def _for_module(config: Mapping[str, Any], patterns: str, module: str, default: 
 def _json(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         value = json.loads(metadata.get(key, "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number without end, or brackets without end
         return {}
     return value if isinstance(value, dict) else {}

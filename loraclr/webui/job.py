@@ -127,10 +127,6 @@ def check(order: Order) -> Path:
         )
     if order.method not in methods.METHODS:
         raise ValueError(f"There is no method {order.method}: choose one of {', '.join(methods.METHODS)}.")
-    if order.settings.rank == "auto" and not methods.METHODS[order.method].needs_model:
-        raise ValueError(
-            say("The method {method} knows no automatic rank: choose a number, or exact.", method=order.method)
-        )
     path = target.path_for(order.name, [row.name for row in order.rows], order.replace)
     for row in order.rows:
         library.path_of(row.name)

@@ -225,9 +225,7 @@ def tables(done: Done) -> list[Table]:
             "0 % as far off as without any LoRA."
         )
         found.append(Table(say("Layer by layer"), ("LoRA", *map(_kind, kinds)), rows, note))
-    counts = Counter(layer.rank or 0 for layer in merge.layers.values())
-    rows = [(str(rank) if rank else say("Norm layers"), str(number)) for rank, number in sorted(counts.items())]
-    found.append(Table(say("Ranks"), (say("Rank"), say("Layers")), rows))
+    found.append(_ranks_table(merge))
     seconds = [(_stage(stage), f"{time:.1f} s") for stage, time in merge.seconds.items()]
     whole = (say("Altogether"), f"{sum(merge.seconds.values()):.1f} s")
     found.append(Table(say("Time taken"), (say("Stage"), say("Time")), [*seconds, whole]))
@@ -240,6 +238,19 @@ def tables(done: Done) -> list[Table]:
         )
     )
     return found
+
+
+def _ranks_table(merge: Merge) -> Table:
+    """How many layers have which rank, and where a rank cut them, what is left of the one that lost most."""
+    counts = Counter(layer.rank or 0 for layer in merge.layers.values())
+    columns, cells = [say("Rank"), say("Layers")], {rank: [str(number)] for rank, number in sorted(counts.items())}
+    if merge.kept:
+        columns.append(say("Kept at least"))
+        for rank, row in cells.items():
+            shares = [merge.kept.get(name, 1.0) for name, layer in merge.layers.items() if (layer.rank or 0) == rank]
+            row.append(f"{min(shares):.1%}")
+    rows = [(str(rank) if rank else say("Norm layers"), *row) for rank, row in cells.items()]
+    return Table(say("Ranks"), columns, rows)
 
 
 def _stage(name: str) -> str:

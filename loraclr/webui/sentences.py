@@ -14,6 +14,7 @@ CORE = (
     "Polishing, step {step} of {steps}",
     "Drawing {name}",
     "The word {old} of {name} is called {new} in the merged file.",
+    "{count} keys of {name} are not understood and left out ({key}).",
     "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
     'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
     'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
@@ -76,7 +77,8 @@ CORE = (
     "Of {name}'s embeddings of {words} for single layers the mean is kept, and the rest made up for as far as "
     "one text for all layers allows.",
     "Of {name}'s embeddings of {words} for single layers the mean is kept.",
-    "diffusers does not load this file: it changes biases or norm layers.",
+    "diffusers does not load this file, and kohya's tools leave a part of it out: it changes biases or norm layers. "
+    "On the command line, --plain leaves these changes out.",
     "Forge does not load this file: it changes norm layers of a text encoder.",
     "Merging layers",
     "{name} exists already; choose another name or allow overwriting.",
