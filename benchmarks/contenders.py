@@ -141,15 +141,15 @@ CONTENDERS: dict[str, Contender] = {
     "loraclr-fast": Contender(on_model("loraclr", speed="fast")),
     "loraclr": Contender(on_model("loraclr", speed="balanced")),
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
-    # The fast one with one ingredient left out.
+    # With one ingredient left out.
     "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
-    "fast-unguided": Contender(on_model("loraclr", speed="fast", guided=0.0)),
+    "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
 }
 ON_REQUEST = (
     "fast-unwhitened",
-    "fast-unguided",
+    "balanced-unguided",
     "fast-no-scenes",
     "fast-no-neutral",
 )  # drawn only if asked for by name

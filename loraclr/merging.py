@@ -66,7 +66,7 @@ class Settings:
         anchor: the same in the closed form.
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
-        guided: share of the polish's loss that is on what guidance makes of two predictions.
+        guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
@@ -167,11 +167,18 @@ def _work(
     return drawn, 1.1 * drawn + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
+def _thorough(settings: Settings) -> bool:
+    """Whether a merge takes more steps than a quick one, and so needs more to learn from."""
+    return POLISH_STEPS[settings.speed] > POLISH_STEPS["fast"]
+
+
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     """The prompts that are looked at, for each concept and for what must not change."""
-    thorough = POLISH_STEPS[settings.speed] > POLISH_STEPS["fast"]
+    thorough, neutral = _thorough(settings), settings.neutral_prompts
     own = [prompts.filled(concept.trigger, concept.kind, concept.prompts, thorough) for concept in concepts]
-    return [*own, list(settings.neutral_prompts)]
+    if neutral == prompts.NEUTRAL and not thorough:
+        neutral = neutral[: prompts.QUICK["neutral"]]
+    return [*own, list(neutral)]
 
 
 def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
@@ -407,7 +414,8 @@ class _Run:
                     self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
                     lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                     1 if self.size > SEVERAL else None,
-                    self.whitenings, self.settings.guidance, self.settings.guided, self.held_out(norms),
+                    self.whitenings, self.settings.guidance,
+                    self.settings.guided if _thorough(self.settings) else 0.0, self.held_out(norms),
                 )  # fmt: skip
         self.merged = norms | factors
         return before, missed(self.host, self.modules, self.merged, self.held, self.rows)

@@ -106,11 +106,13 @@ def polish(
 
     weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    units = [together(bank) for bank in banks]
+    # Rows alone show more noises at a time than pairs do.
+    units = [together(bank) if guided else [(entry,) for entry in range(len(bank))] for bank in banks]
+    count = max(1, batch // 2) if guided else batch
     first, scale = None, LOSS_SCALE
     best, least, worse = None, math.inf, 0
     for step in range(steps):
-        chosen = torch.multinomial(weights, max(1, batch // 2), replacement=True, generator=generator).tolist()
+        chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):

@@ -46,8 +46,8 @@ STYLE = (
     "a tree and a house in {}",
     "a cat and a fish on a white background in {}",
 )
-#: How many of the templates a quick merge looks at.
-QUICK = {"subject": 8, "style": 12}
+#: How many of the usual templates, and of the usual neutral prompts, a quick merge looks at.
+QUICK = {"subject": 8, "style": 12, "neutral": 8}
 PAIR = (
     "a {} and a {}",
     "a {} and a {} on a red background",

@@ -118,7 +118,7 @@ class _Pace:
     def __init__(self, plan: Plan, progress: merging.Progress) -> None:
         self.progress, self.done, self.start = progress, 0.0, time.monotonic()
         self.merges = {
-            count: 288 * count + 544 + 64 * plan.scenes * count + 96 * merging.polish_steps(plan.speed, count)
+            count: 288 * (count + 1) + 64 * plan.scenes * count + 96 * merging.polish_steps(plan.speed, count)
             for count in plan.counts
         }
         drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
