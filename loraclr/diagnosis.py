@@ -54,7 +54,8 @@ def reasons(
         ]
     found = []
     for other, concept in enumerate(concepts):
-        if other != place and concept.trigger and (concept.trigger in trigger or trigger in concept.trigger):
+        mine, its = set(trigger.split()), set(concept.trigger.split())
+        if other != place and its and (mine <= its or its <= mine):
             found.append(
                 f'The words of {own} ("{trigger}") and {concept.lora.name} ("{concept.trigger}") are the same: '
                 "give one of them words of its own."

@@ -31,7 +31,7 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     clash = replace(toy_lora(host, "two", 2), embeddings={WORD: {"clip_l": torch.ones(1, WIDTH)}})
     result = merge(host, [Concept(lora, WORD), Concept(clash, f"big {WORD}")], CLOSED)
     assert result.triggers == f"{WORD}, big {WORD}_2"
-    assert result.notes == [
+    assert result.notes[:2] == [  # the others are on how well it went
         f"Of one's embeddings of {WORD} for single layers the mean is kept, and the rest made up for as far as one "
         "text for all layers allows.",
         f"The word {WORD} of two is called {WORD}_2 in the merged file.",
