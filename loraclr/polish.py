@@ -43,7 +43,7 @@ def together(bank: Bank) -> list[tuple[int, ...]]:
     An entry that has no partner is alone.
     """
     empty = {place for place, prompt in enumerate(bank.prompts) if not prompt}
-    key = [(float(t), x.float().numpy().tobytes()) for t, x in zip(bank.t, bank.x, strict=True)]
+    key = [(float(t), hash(x.float().numpy().tobytes())) for t, x in zip(bank.t, bank.x, strict=True)]
     without = {key[entry]: entry for entry, prompt in enumerate(bank.prompt) if prompt in empty}
     pairs = [
         (entry, without[key[entry]])
@@ -93,8 +93,8 @@ def polish(
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
         whitenings: of the layers' inputs; a layer without one is trained as it is.
         guidance, guided: g, and the share of the loss that is on the guided prediction.
-        held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps; a run that gets
-            worse there ends early.
+        held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps and at the end, and
+            a run that gets worse there ends early; runs of fewer steps are not looked at.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
@@ -130,7 +130,7 @@ def polish(
             scale = max(1.0, scale / 8)
         first = first or loss
         tick(step + 1, loss / max(first, 1e-20))
-        if held_out and (step + 1) % CHECK == 0:
+        if held_out and steps >= CHECK and ((step + 1) % CHECK == 0 or step + 1 == steps):
             found = trained.found()
             missing = held_out(found)
             best, least, worse = (found, missing, 0) if missing < least else (best, least, worse + 1)

@@ -136,7 +136,7 @@ def test_rows_one_by_one_teach_the_same() -> None:
 
 
 class TestHeldOut:
-    def told(self, scores: list[float]) -> tuple[int, list, dict]:
+    def told(self, scores: list[float], steps: int = 5 * CHECK) -> tuple[int, list, dict]:
         """How many steps a run takes whose held-out looks give these scores, what was looked at, and what came out."""
         host, looked, ticks = ToyHost(), [], []
         layers, rest = host.layers(), iter(scores)
@@ -148,7 +148,7 @@ class TestHeldOut:
             return next(rest)
 
         result = polish(
-            host, layers, start, banks, [1.0, 0.3], 5 * CHECK, 2, 0, lambda *tick: ticks.append(tick), held_out=held_out
+            host, layers, start, banks, [1.0, 0.3], steps, 2, 0, lambda *tick: ticks.append(tick), held_out=held_out
         )
         return len(ticks), looked, result
 
@@ -163,3 +163,26 @@ class TestHeldOut:
         steps, looked, result = self.told([0.3, 0.4, 0.2, 0.25, 0.1])
         assert steps == 5 * CHECK
         assert torch.equal(*(each[next(iter(result))][1] for each in (result, looked[-1])))
+
+    def test_the_last_steps_count_too(self) -> None:
+        """A run may end between two looks: what it has learnt since the last one is not thrown away."""
+        steps, looked, result = self.told([0.3, 0.2], CHECK + 28)
+        assert steps == CHECK + 28 and len(looked) == 2
+        assert torch.equal(result[next(iter(result))][1], looked[1][next(iter(result))][1])
+
+    def test_a_short_run_is_not_looked_at(self) -> None:
+        steps, looked, _ = self.told([], CHECK - 1)
+        assert steps == CHECK - 1 and not looked
+
+
+def test_banks_of_different_precision_are_learnt_from_together() -> None:
+    """Pictures come in the UNet's own precision, scenes of two, which are put together here, in float32."""
+    host = ToyHost()
+    layers = host.layers()
+    teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
+    banks = [bank_of(host, teacher, ["a sks"]), bank_of(host, {}, ["a dog"])]
+    banks[0].x, banks[0].prediction = (
+        [value.half() for value in values] for values in (banks[0].x, banks[0].prediction)
+    )
+    result = polish(host, layers, start, banks, [1.0, 1.0], 3, 8, 0, lambda *_: None, guidance=4.0, guided=0.3)
+    assert all(value.isfinite().all() for pair in result.values() for value in pair)
