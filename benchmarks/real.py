@@ -97,6 +97,10 @@ def read(path: Path) -> list[Asked]:
         missing = [name for name in ("lora", "trigger", "class") if not (isinstance(entry, dict) and entry.get(name))]
         if missing:
             raise ValueError(f'{path}: concept {place} has no "{missing[0]}".')
+        if entry.get("kind", "subject") not in ("subject", "style"):
+            raise ValueError(f'{path}: concept {place} is of kind "{entry["kind"]}": choose subject or style.')
+        if not isinstance(entry.get("weight", 1.0), int | float):
+            raise ValueError(f'{path}: concept {place} has weight "{entry["weight"]}": give a number.')
         lora, folder = files.load(path.parent / entry["lora"]), entry.get("references")
         concept = Concept(lora, entry["trigger"], entry.get("weight", 1.0), kind=entry.get("kind", "subject"))
         asked.append(Asked(concept, entry["class"], pictures_in(path.parent / folder) if folder else ()))
@@ -296,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         host = open_checkpoint(args.checkpoint, args.device)
         check(host, [one.concept for one in asked])
         clip = Clip(args.clip, host.device)
+        args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         options.error(str(error))
     try:
@@ -312,7 +317,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         results = run(host, asked, methods, plan, clip, faces, tell)
     found = rows(results)
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "rows.json").write_text(json.dumps({"rows": found}, indent=1) + "\n", encoding="utf-8")
     parts = [table(found), *galleries(results, asked)]
     (args.output / "report.html").write_text(report.page("Merged LoRAs", host.checkpoint.name, parts), encoding="utf-8")

@@ -174,11 +174,9 @@ def _thorough(settings: Settings) -> bool:
 
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     """The prompts that are looked at, for each concept and for what must not change."""
-    thorough, neutral = _thorough(settings), settings.neutral_prompts
+    thorough = _thorough(settings)
     own = [prompts.filled(concept.trigger, concept.kind, concept.prompts, thorough) for concept in concepts]
-    if neutral == prompts.NEUTRAL and not thorough:
-        neutral = neutral[: prompts.QUICK["neutral"]]
-    return [*own, list(neutral)]
+    return [*own, prompts.kept(settings.neutral_prompts, thorough)]
 
 
 def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:

@@ -46,8 +46,8 @@ STYLE = (
     "a tree and a house in {}",
     "a cat and a fish on a white background in {}",
 )
-#: How many of the usual templates, and of the usual neutral prompts, a quick merge looks at.
-QUICK = {"subject": 8, "style": 12, "neutral": 8}
+#: How many of the usual templates a quick merge looks at.
+QUICK = {"subject": 8, "style": 12}
 PAIR = (
     "a {} and a {}",
     "a {} and a {} on a red background",
@@ -67,6 +67,9 @@ NEUTRAL = (
     "a bird and a boat on a yellow background",
     "a cake on a gray background",
     "a key and a star on a pink background",
+)
+#: More of them for merges that take more steps.
+MORE_NEUTRAL = (
     "a bee on a white background",
     "a photo of a flower",
     "a sunflower and a dog on a green background",
@@ -88,3 +91,10 @@ def filled(trigger: str, kind: Kind = "subject", templates: tuple[str, ...] = ()
     usual = STYLE if kind == "style" else SUBJECT
     chosen = templates * (1 + thorough) or (usual if thorough else usual[: QUICK[kind]])
     return [template.replace("{}", trigger) for template in chosen]
+
+
+def kept(given: tuple[str, ...], thorough: bool = False) -> list[str]:
+    """What must not change: the prompts given, in a thorough merge the usual ones and more, or others twice."""
+    if not thorough:
+        return list(given)
+    return [*given, *(MORE_NEUTRAL if given == NEUTRAL else given)]

@@ -15,3 +15,10 @@ def test_a_quick_merge_looks_at_a_part_of_what_a_thorough_one_does() -> None:
 def test_given_prompts_are_all_looked_at_and_twice_by_a_thorough_merge() -> None:
     assert prompts.filled("sks", "subject", ("{}", "my {}")) == ["sks", "my sks"]
     assert prompts.filled("sks", "subject", ("{}", "my {}"), True) == ["sks", "my sks"] * 2
+
+
+def test_what_must_not_change_is_what_is_given_and_more_in_a_thorough_merge() -> None:
+    assert prompts.kept(prompts.NEUTRAL) == list(prompts.NEUTRAL)
+    thorough = prompts.kept(prompts.NEUTRAL, thorough=True)
+    assert thorough[: len(prompts.NEUTRAL)] == list(prompts.NEUTRAL) and len(set(thorough)) == 2 * len(prompts.NEUTRAL)
+    assert prompts.kept(("a dog",), thorough=True) == ["a dog", "a dog"]

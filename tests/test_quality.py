@@ -80,7 +80,7 @@ class TestScenes:
             for c in CONCEPTS
             for line in prompts.filled(c.phrase, "style" if c.is_style else "subject", thorough=True)
         }
-        merging |= set(prompts.NEUTRAL)
+        merging |= set(prompts.kept(prompts.NEUTRAL, thorough=True))
         told = {shot.wanted.prompt for shot in reporting}
         assert not told & {shot.wanted.prompt for shot in tuning}
         assert not told & merging

@@ -108,6 +108,8 @@ def test_two_faces_are_asked_for(concepts: Path) -> None:
         ([{"trigger": "tgr", "class": "animal"}], 'concept 1 has no "lora"'),
         ([{"lora": "tiger.safetensors", "trigger": "tgr"}], 'concept 1 has no "class"'),
         ([{"lora": "tiger.safetensors", "trigger": "t", "class": "a", "references": "none"}], "holds no pictures"),
+        ([{"lora": "tiger.safetensors", "trigger": "t", "class": "a", "kind": "styl"}], 'of kind "styl"'),
+        ([{"lora": "tiger.safetensors", "trigger": "t", "class": "a", "weight": "1"}], 'has weight "1"'),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said(concepts: Path, entries: list, sentence: str) -> None:
