@@ -50,14 +50,13 @@ def alignment(
         difference = found if asked is None else asked if found is None else found - asked
         missed[kind(name)] += float(difference.square().sum())
 
-    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
-    entries = entries[:: max(1, len(entries) // ROWS)][:ROWS]
-    if not entries:
+    calls = bank.spread(ROWS)
+    if calls is None:
         return {}
-    x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
+    prompts, x, t = calls
     changed = {name: modules[name] for name in {**own, **merged} if not isinstance(modules[name], NORMS)}
     with applied(modules, own), observed(changed, tell):
-        host.predict(x, t, host.encode([bank.prompts[bank.prompt[entry]] for entry in entries]))
+        host.predict(x.to(host.device), t.to(host.device), host.encode(prompts))
     return {name: 1 - missed[name] / wanted[name] for name in KINDS if wanted[name] > 0}
 
 

@@ -145,6 +145,15 @@ class Bank:
             values.append(value.detach().cpu().clone())
         self.prompt.append(prompt)
 
+    def spread(self, rows: int) -> tuple[list[str], Tensor, Tensor] | None:
+        """Up to `rows` entries with a prompt, spread over the steps: prompts, x (B, 4, h, w), t (B,); None if empty."""
+        entries = [entry for entry, prompt in enumerate(self.prompt) if self.prompts[prompt]]
+        entries = entries[:: max(1, len(entries) // rows)][:rows]
+        if not entries:
+            return None
+        x, t = (torch.stack([values[entry] for entry in entries]) for values in (self.x, self.t))
+        return [self.prompts[self.prompt[entry]] for entry in entries], x, t
+
     def thinned(self, every: int) -> Bank:
         """Every so many entries of this bank; an odd number, as those with a prompt and without often alternate."""
         return Bank(self.prompts, self.x[::every], self.t[::every], self.prompt[::every], self.prediction[::every])

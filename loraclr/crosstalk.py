@@ -34,16 +34,15 @@ def crosstalk(
     Returns:
         One number for each LoRA, NaN for the concept itself and for LoRAs that do nothing there.
     """
-    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
-    entries = entries[:: max(1, len(entries) // rows)][:rows]
-    if not entries:
+    calls = bank.spread(rows)
+    if calls is None:
         return [float("nan")] * len(asked)
+    prompts, x, t = calls
 
     def predicted(changes: Changes) -> Tensor:
         with applied(modules, changes):
-            context = host.encode([bank.prompts[bank.prompt[entry]] for entry in entries])
-            x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
-            return host.predict(x, t, context).double().flatten().cpu()
+            context = host.encode(prompts)
+            return host.predict(x.to(host.device), t.to(host.device), context).double().flatten().cpu()
 
     base = predicted({})
     rest = predicted(merged) - predicted(asked[place])

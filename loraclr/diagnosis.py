@@ -35,16 +35,14 @@ def reasons(
         bank: UNet calls of the concept's own pictures; some of them, spread over the steps, are looked at.
     """
     own, trigger = concepts[place].lora.name, concepts[place].trigger
-    entries = [entry for entry, prompt in enumerate(bank.prompt) if bank.prompts[prompt]]
-    entries = entries[:: max(1, len(entries) // ROWS)][:ROWS]
-    if not entries:
+    calls = bank.spread(ROWS)
+    if calls is None:
         return []
-    x, t = (torch.stack([values[entry] for entry in entries]).to(host.device) for values in (bank.x, bank.t))
-    prompts = [bank.prompts[bank.prompt[entry]] for entry in entries]
+    prompts, x, t = calls
 
     def predicted(changes: Changes) -> Tensor:
         with applied(modules, changes):
-            return host.predict(x, t, host.encode(prompts)).double()
+            return host.predict(x.to(host.device), t.to(host.device), host.encode(prompts)).double()
 
     base = predicted({})
     effects = [float((predicted(changes) - base).square().sum()) for changes in asked]
