@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from loraclr import keys
 from loraclr.changes import is_text
 from loraclr.concept import Concept
+from loraclr.files import SD_VERSION, load, model_hash
 from loraclr.formats import Norm
 from loraclr.lora import Layer, LoRA, parse
 from loraclr.merging import Settings
-from loraclr.result import Merge, write
+from loraclr.result import MOST_UNKNOWN, Merge, write
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 WIDTHS = {"sd1": {"clip_l": 768}, "sd2": {"clip_h": 1024}, "sdxl": {"clip_l": 768, "clip_g": 1280}}
@@ -44,14 +45,16 @@ def checkout(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     if not folder:
         pytest.skip(f"set {request.param} to a checkout of the program to run this")
     monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
     for name, part in (("comfy", "model_base"), ("library", "utils")):
         if (Path(folder) / name).is_dir():
             absent = Absent(f"{name}.{part}")
             monkeypatch.setitem(sys.modules, f"{name}.{part}", absent)
             setattr(importlib.import_module(name), part, absent)
     yield Path(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("comfy", "networks", "library")]:
-        del sys.modules[name]
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folder):
+            del sys.modules[name]
 
 
 class Absent(ModuleType):
@@ -144,6 +147,98 @@ def test_comfyui_loads_every_key(checkout, tmp_path, family, caplog) -> None:
         weight = torch.zeros(there[name])
         theirs = comfy.calculate_weight([(1.0, patches[known[name]], 1.0, None, None)], weight, known[name])
         compared(layers[name].delta().reshape(weight.shape), theirs)
+
+
+@pytest.fixture
+def forge(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Forge's own modules that find a LoRA, match its keys and add it to a weight, on the CPU."""
+    monkeypatch.setattr(sys, "argv", ["forge", "--always-cpu"])
+    for folder in ("packages_3rdparty", "extensions-builtin/sd_forge_lora"):
+        monkeypatch.syspath_prepend(str(checkout / folder))
+    modules = Absent("modules")
+    modules.sd_models = SimpleNamespace(read_metadata_from_safetensors=lambda path: load(path).metadata)
+    modules.cache = SimpleNamespace(cached_data_for_file=lambda title, name, path, read: read())
+    modules.shared = SimpleNamespace(
+        cmd_opts=SimpleNamespace(lora_dir=str(tmp_path)),
+        walk_files=lambda folder, allowed_extensions: [
+            str(path) for path in Path(folder).iterdir() if path.suffix in allowed_extensions
+        ],
+    )
+    for name, module in (("modules", modules), ("sentencepiece", Absent("sentencepiece"))):
+        monkeypatch.setitem(sys.modules, name, module)
+    names = {"lora": "backend.patcher.lora", "networks": "networks"}
+    return SimpleNamespace(**{name: importlib.import_module(module) for name, module in names.items()})
+
+
+class Patched:
+    """A model of Forge's as its loader asks for it: it notes what is to be added to which weight."""
+
+    def __init__(self, model: SimpleNamespace) -> None:
+        self.model = self.cond_stage_model = model
+        self.patches: dict[str, tuple] = {}
+
+    def clone(self) -> Patched:
+        return self
+
+    def add_patches(self, patches: dict[str, tuple], **_: object) -> set[str]:
+        self.patches = patches
+        return set(patches) & self.model.state_dict().keys()
+
+
+def as_forge_has_it(family: str) -> tuple[Patched, Patched]:
+    """The same models in Forge's wrapping."""
+    unet, texts = as_comfyui_has_it(family)
+    unet.diffusion_model = SimpleNamespace(config=unet.model_config.unet_config)
+    unet.config = SimpleNamespace(huggingface_repo=family)
+    return Patched(unet), Patched(texts)
+
+
+@pytest.mark.parametrize("checkout", ["FORGE_DIR"], indirect=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forge_lists_the_file_and_loads_every_key(forge, tmp_path, family, capsys) -> None:
+    torch.manual_seed(0)
+    there = shapes(family)
+    layers: dict[str, Layer | Norm] = {}
+    for number, (name, shape) in enumerate(there.items()):
+        if len(shape) > 1:
+            layers[name] = random_layer(shape, 2 + number % 3, bias=name == "lora_unet_conv_in")
+        elif not is_text(name):  # it does not know these norm layers
+            layers[name] = Norm(torch.randn(shape), bias=torch.randn(shape))
+    path = written(tmp_path, family, layers)
+    forge.networks.list_available_networks()
+    listed = forge.networks.available_networks["merged"]
+    assert listed.sd_version.name == SD_VERSION[family] and listed.hash == model_hash(path)
+    unet, texts = as_forge_has_it(family)
+    file = load_file(path)
+    assert forge.networks.load_lora_for_models(unet, texts, file, 1.0, 1.0) == (unet, texts)
+    said = capsys.readouterr().out
+    unknown = [key for key in file if key.startswith("bundle_emb.")]
+    assert f"with unmatched keys {unknown}" in said and len(unknown) == len(WIDTHS[family])
+    assert said.count("(skipped 0 keys)") == 2
+    known = forge.lora.model_lora_keys_unet(unet.model, {}) | forge.lora.model_lora_keys_clip(texts.model, {})
+    for name in list(layers)[::25]:
+        weight, patch = torch.zeros(there[name]), (unet.patches | texts.patches)[known[name]]
+        theirs = forge.lora.merge_lora_to_weight([(1.0, patch, 1.0, None, None)], weight)
+        compared(layers[name].delta().reshape(weight.shape), theirs)
+
+
+@pytest.mark.parametrize("checkout", ["FORGE_DIR"], indirect=True)
+@pytest.mark.parametrize("words", [MOST_UNKNOWN, MOST_UNKNOWN + 1])
+def test_forge_loads_a_file_of_any_number_of_words(forge, tmp_path, words, capsys) -> None:
+    """One more would make it refuse the file, so they are files of their own then."""
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    layers = {name: random_layer(shapes("sd1")[name], 2)}
+    many = {f"word{number}": {"clip_l": torch.randn(1, 768)} for number in range(words)}
+    merge = Merge("sd1", [Concept(LoRA("one", None, "sd1", layers), "word0")], Settings(), layers=layers, words=many)
+    file = load_file(write(merge, tmp_path / "merged.safetensors"))
+    bundled = [key for key in file if key.startswith("bundle_emb.")]
+    assert len(bundled) == (words if words <= MOST_UNKNOWN else 0)
+    more = {f"bundle_emb.more{number}.vector": torch.randn(1, 768) for number in range(MOST_UNKNOWN + 1)}
+    for tensors, taken in ((file, 1), (file | more, 0)):
+        unet, texts = as_forge_has_it("sd1")
+        forge.networks.load_lora_for_models(unet, texts, tensors, 1.0, 1.0)
+        assert len(unet.patches) == taken
+        assert ("LoRA version mismatch" in capsys.readouterr().out) == (not taken)
 
 
 @pytest.mark.parametrize("checkout", ["SD_SCRIPTS_DIR"], indirect=True)
