@@ -241,6 +241,33 @@ def test_forge_loads_a_file_of_any_number_of_words(forge, tmp_path, words, capsy
         assert ("LoRA version mismatch" in capsys.readouterr().out) == (not taken)
 
 
+def new_weights() -> tuple[dict[str, torch.Tensor], str, torch.Tensor]:
+    """A file that replaces a layer's weight, the layer's name, and its weight without the file."""
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    shape = shapes("sd1")[name]
+    return {f"{name}.set_weight": torch.randn(shape)}, name, torch.randn(shape)
+
+
+@pytest.mark.parametrize("checkout", ["COMFYUI_DIR"], indirect=True)
+def test_a_new_weight_is_what_comfyui_makes_of_it(checkout) -> None:
+    importlib.import_module("comfy.cli_args").args.cpu = True
+    comfy = importlib.import_module("comfy.lora")
+    file, name, weight = new_weights()
+    known = comfy.model_lora_keys_unet(as_comfyui_has_it("sd1")[0], {})
+    patch = comfy.load_lora(file, known)[known[name]]
+    theirs = comfy.calculate_weight([(1.0, patch, 1.0, None, None)], weight.clone(), name)
+    compared(parse(file, {}, "x").layers[name].delta(weight), theirs - weight)
+
+
+@pytest.mark.parametrize("checkout", ["FORGE_DIR"], indirect=True)
+def test_a_new_weight_is_what_forge_makes_of_it(forge) -> None:
+    file, name, weight = new_weights()
+    known = forge.lora.model_lora_keys_unet(as_forge_has_it("sd1")[0].model, {})
+    patches, _ = forge.lora.load_lora(file, known)
+    theirs = forge.lora.merge_lora_to_weight([(1.0, patches[known[name]], 1.0, None, None)], weight)
+    compared(parse(file, {}, "x").layers[name].delta(weight), theirs - weight)
+
+
 @pytest.mark.parametrize("checkout", ["SD_SCRIPTS_DIR"], indirect=True)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kohya_loads_every_key(checkout, tmp_path, family) -> None:
