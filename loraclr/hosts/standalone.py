@@ -148,7 +148,7 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
-        pipeline = _pipeline(path)
+        pipeline = _pipeline(path, device, dtype)
     except (KeyError, RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be loaded as a Stable Diffusion checkpoint: {error}") from error
     if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -158,27 +158,29 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
     if pipeline.unet.config.in_channels != 4 or pipeline.text_encoder is None:
         raise ValueError(f"{path.name} is an inpainting, editing or refiner model; choose an ordinary one.")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return Standalone(pipeline.to(device, dtype), path)
+    return Standalone(pipeline, path)
 
 
-def _pipeline(path: Path):
+def _pipeline(path: Path, device: torch.device, dtype: torch.dtype):
+    """The pipeline on its device; read in the precision that it is to have, which halves what the CPU needs for it."""
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
     from safetensors import safe_open
 
     if path.is_dir():
-        return DiffusionPipeline.from_pretrained(path, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(path, local_files_only=True, torch_dtype=dtype).to(device)
     yaml_path = path.with_suffix(".yaml")
     if yaml_path.exists():
-        return _from_yaml(path, yaml_path)
+        return _from_yaml(path, yaml_path).to(device, dtype)
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
     if not any(key.startswith("conditioner.") for key in keys):
-        pipeline = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None)
+        pipeline = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, torch_dtype=dtype)
+        pipeline.to(device)
         if _family(pipeline) == "sd2":  # both kinds of SD 2.x look alike
             predicts = "epsilon" if predicts_noise(pipeline.unet) else "v_prediction"
             pipeline.scheduler.register_to_config(prediction_type=predicts)
         return pipeline
-    pipeline = StableDiffusionXLPipeline.from_single_file(str(path))
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(path), torch_dtype=dtype).to(device)
     if "v_pred" in keys:  # how such checkpoints of SDXL mark themselves
         pipeline.scheduler.register_to_config(
             prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in keys, timestep_spacing="trailing"
