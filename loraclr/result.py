@@ -171,7 +171,7 @@ def write(
     if any(isinstance(layer, Norm) or layer.bias is not None for layer in layers.values()):
         merge.notes.append(
             "diffusers does not load this file, and kohya's tools leave a part of it out: it changes biases or norm "
-            "layers. On the command line, --plain leaves these changes out."
+            "layers. Plain file under Advanced, or --plain on the command line, leaves these changes out."
         )
     if not known:
         merge.notes.append("Forge does not load this file: it changes norm layers of a text encoder.")
@@ -199,7 +199,7 @@ def make_plain(merge: Merge) -> None:
     kept = {name: layer for name, layer in merge.layers.items() if isinstance(layer, Layer)}
     biases, norms = sum(layer.bias is not None for layer in kept.values()), len(merge.layers) - len(kept)
     if not kept:
-        raise ValueError("Only norm layers are changed, and --plain leaves them out: nothing is left to write.")
+        raise ValueError("Only norm layers are changed, and a plain file leaves them out: nothing is left to write.")
     if biases or norms:
         merge.notes.append(f"The changes of {biases} biases and {norms} norm layers are left out.")
     merge.layers = {name: replace(layer, bias=None) for name, layer in kept.items()}

@@ -362,7 +362,7 @@ class TestByWeightsAlone:
         how = ["merge", "--lora", "c.safetensors", "--method", "sum", "--output"]
         assert main([*how, "with.safetensors"]) == 0
         told = capsys.readouterr().out
-        assert "diffusers does not load this file" in told and "--plain leaves these changes out" in told
+        assert "diffusers does not load this file" in told and "--plain on the command line, leaves these" in told
         assert "3 keys of c are not understood and left out (odd.alpha)." in told
         assert main([*how, "without.safetensors", "--plain"]) == 0
         assert "The changes of 1 biases and 1 norm layers are left out." in capsys.readouterr().out

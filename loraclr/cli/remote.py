@@ -104,7 +104,7 @@ def order_of(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Refused: an option that only a merge on this machine has.
     """
-    only_here = ("checkpoint", "output", "recipe", "device", "dtype", "separate_embeddings", "plain")
+    only_here = ("checkpoint", "output", "recipe", "device", "dtype")
     for name in only_here:
         if getattr(args, name) not in (None, False):
             raise Refused(
@@ -122,6 +122,8 @@ def order_of(args: argparse.Namespace) -> dict[str, Any]:
         loras.append({"name": entry.path.as_posix(), **_said(told)})
     settings = _said({name: getattr(args, name) for name in ("speed", "rank", "scenes", "seed", *LOOP)})
     order = {"name": args.name, "replace": args.overwrite, "method": args.method, "density": args.density}
+    wished = {"plain": args.plain, "separate": args.separate_embeddings}
+    order |= {name: True for name, wish in wished.items() if wish}
     return {"loras": loras, "settings": settings, "draw": False, **_said(order)}
 
 

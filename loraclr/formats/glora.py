@@ -29,7 +29,7 @@ class GLoRA(Change):
         a1, a2, b1, b2 = (parts.need(f"{name}.weight") for name in ("a1", "a2", "b1", "b2"))
         if min(tensor.ndim for tensor in (a1, a2, b1, b2)) < 2:
             raise ValueError(f"{parts.shapes(*sorted(cls.marks))} do not fit together")
-        # Until LyCORIS 2.0 number 1 was applied first, as a LoRA's down is; since then number 2 is.
+        # Until LyCORIS 2.2 number 1 was applied first, as a LoRA's down is; since then number 2 is.
         layouts = [order for order in ((a1, a2, b1, b2), (a2, a1, b2, b1)) if _is_product(*order)]
         if not layouts:
             raise ValueError(f"{parts.shapes(*sorted(cls.marks))} do not fit together")

@@ -93,11 +93,21 @@ def lora(name: str) -> dict[str, Any]:
     }
 
 
+def _checked(order: dict) -> Order:
+    """The order that a JSON object asks for. Raises ValueError, one sentence."""
+    asked = orders.parse(order)
+    job.check(asked)
+    return asked
+
+
 def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi is told)
     """Put a merge into the webui's queue; what is wrong with it is said at once."""
     try:
-        asked = orders.parse(order)
-        job.check(asked)
+        try:
+            asked = _checked(order)
+        except ValueError:  # its LoRA may be newer than the list of them
+            library.refresh()
+            asked = _checked(order)
     except ValueError as error:
         raise HTTPException(422, str(error)) from error
     wanted = Job(f"task(loraclr-{secrets.token_hex(6)})", asked)

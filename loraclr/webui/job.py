@@ -14,7 +14,7 @@ from loraclr.concept import Concept
 from loraclr.hosts import Host
 from loraclr.merging import Cancelled, Settings, work
 from loraclr.prompts import Kind
-from loraclr.result import Merge, note_bled, write
+from loraclr.result import Merge, make_plain, note_bled, write
 from loraclr.webui import library, pictures, target
 from loraclr.webui.language import retell, say
 from loraclr.webui.pictures import Comparison
@@ -52,6 +52,8 @@ class Order:
         name: of the result; "" for one that is made up.
         density: share of the weights that the methods which drop some keep.
         draw: whether to draw pictures to compare afterwards.
+        plain: whether to leave out changes of biases and norm layers, which not every program loads.
+        separate: whether to write the LoRAs' embeddings beside the file, not into it.
     """
 
     rows: Sequence[Row]
@@ -61,6 +63,8 @@ class Order:
     settings: Settings = field(default_factory=Settings)
     density: float = 0.5
     draw: bool = True
+    plain: bool = False
+    separate: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ def run(task: str, order: Order) -> Done:
         modules = host.layers() if concepts[0].lora.family == host.family else None
         merged = methods.combine(concepts, order.method, options, tell, modules)
         merged.checkpoint = None if modules is None else host.checkpoint
-    write(merged, path, dtype=_dtype(), overwrite=order.replace)
+    if order.plain:
+        make_plain(merged)
+    write(merged, path, dtype=_dtype(), overwrite=order.replace, bundle=not order.separate)
     host.publish(path)
     fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
     if not (order.draw and fits):  # a merge by weights alone may be for another checkpoint than the loaded one

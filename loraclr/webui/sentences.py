@@ -78,7 +78,9 @@ CORE = (
     "one text for all layers allows.",
     "Of {name}'s embeddings of {words} for single layers the mean is kept.",
     "diffusers does not load this file, and kohya's tools leave a part of it out: it changes biases or norm "
-    "layers. On the command line, --plain leaves these changes out.",
+    "layers. Plain file under Advanced, or --plain on the command line, leaves these changes out.",
+    "The changes of {biases} biases and {norms} norm layers are left out.",
+    "Only norm layers are changed, and a plain file leaves them out: nothing is left to write.",
     "Forge does not load this file: it changes norm layers of a text encoder.",
     "Merging layers",
     "{name} exists already; choose another name or allow overwriting.",

@@ -26,7 +26,8 @@ LIMITS = {
 #: The components in the order of `Form.fields`, which is that of the arguments of `read`.
 FIELDS = (
     "speed", "rank", "draw", "method", "closed", "neutral", "scenes", "steps", "size", "guidance", "density", "ridge",
-    "seed", "margin", "penalty", "iterations", "rate", "kept",
+    "seed", "margin", "penalty", "iterations", "rate", "plain",
+    "separate", "kept",
 )  # fmt: skip
 
 
@@ -116,11 +117,20 @@ def _advanced() -> list[Any]:
                 info="The same seed and settings give the same file.",
             )  # fmt: skip
         loop = _loop()
+        with FormRow():
+            plain = gr.Checkbox(
+                False, label="Plain file", elem_id="loraclr_plain",
+                info="Leaves changes of biases and norm layers out, so that every program loads all of the file.",
+            )  # fmt: skip
+            separate = gr.Checkbox(
+                False, label="Embeddings as files of their own", elem_id="loraclr_separate",
+                info="In a folder beside the LoRA, not in it; Forge, ComfyUI and others read them only so.",
+            )  # fmt: skip
         kept = gr.Textbox(
             "\n".join(prompts.NEUTRAL), lines=4, label="Prompts to keep as they are", elem_id="loraclr_neutral_prompts",
             info="One a line, without any trigger word: what the merged LoRA must not change.",
         )  # fmt: skip
-    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, *loop, kept]
+    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, *loop, plain, separate, kept]
 
 
 def _loop() -> list[Any]:
@@ -164,6 +174,8 @@ def read(
     penalty: float | None,
     iterations: float | None,
     rate: float | None,
+    plain: bool,
+    separate: bool,
     kept: str,
 ) -> dict[str, Any]:
     """What `job.Order` takes of the form. Raises ValueError, one sentence."""
@@ -199,7 +211,9 @@ def read(
         seed=int(seed or 0),
         **{**loop, "iterations": int(iterations)},
     )
-    return {"settings": settings, "method": method, "density": density, "draw": draw}
+    return {
+        "settings": settings, "method": method, "density": density, "draw": draw, "plain": plain, "separate": separate,
+    }  # fmt: skip
 
 
 def written(method: str, told: Mapping[str, Any]) -> list[Any]:
@@ -212,6 +226,8 @@ def written(method: str, told: Mapping[str, Any]) -> list[Any]:
         "speed": speed.title() if speed.title() in SPEEDS else SPEEDS[0],
         "rank": "exact" if rank is None else str(rank),
         "draw": True,
+        "plain": False,
+        "separate": False,
         "method": method if method in METHODS else "loraclr",
         "closed": speed == "closed",
         "size": known["size"] or 0,

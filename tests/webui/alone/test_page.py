@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alone_driver import Alone, Page
+
+from loraclr import files
 
 TIGER, PANDA = "tiger", "panda"
 
@@ -34,6 +38,30 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     links = [link.get_attribute("href") for link in tab.page.locator("#loraclr_downloads a").all()]
     assert any("Effect kept" in tab.page.request.get(link).text() for link in links)
     tab.page.screenshot(path=shots / f"alone_{alone.port}.png", full_page=True)
+
+
+def test_a_rank_for_each_layer(alone: Alone, tab: Page) -> None:
+    """Rank auto, by weights alone: Details say which ranks the layers got, and what of ‖ΔW‖² is left at least."""
+    tab.hurry()
+    tab.choose(TIGER, PANDA)
+    tab.page.locator("#loraclr_draw input").uncheck()
+    for field, value in (("rank", "auto"), ("method", "svd")):
+        tab.page.locator(f"#loraclr_{field} input").click()
+        tab.page.locator(f'#loraclr_{field} ul.options li[aria-label="{value}"]').click()
+    tab.name("ranks")
+    tab.start()
+    assert "ranks is ready" in tab.finish()
+    merged = files.load(alone.loras / "ranks.safetensors")
+    kept = json.loads(merged.metadata["loraclr.recipe"])["kept"]
+    ranks = {name: layer.rank for name, layer in merged.layers.items()}
+    assert len(set(ranks.values())) > 3
+    tab.page.locator("#loraclr_details > .label-wrap").click()
+    table = tab.page.locator("#loraclr_figures table", has_text="Kept at least")
+    shown = [[cell.inner_text() for cell in row.locator("td").all()] for row in table.locator("tr").all()[1:]]
+    assert [(int(rank), int(layers)) for rank, layers, _ in shown] == sorted(Counter(ranks.values()).items())
+    for rank, _, share in shown:
+        least = min(kept[name] for name in ranks if ranks[name] == int(rank))
+        assert float(share.rstrip("%")) == pytest.approx(100 * least, abs=0.06) and least >= 0.995
 
 
 def test_what_a_webui_has_is_not_there(tab: Page) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import torch
 from alone_driver import REPOSITORY, USER, Alone
+from safetensors.torch import load_file, save_file
+
+from loraclr import files
 
 BASE = "/loraclr/v1"
 
@@ -78,6 +82,23 @@ def test_the_command_line_merges_by_it(alone: Alone) -> None:
     again = command(alone, *pair, "--api-auth", USER)
     assert again.returncode == 2
     assert "by server.safetensors exists already" in again.stderr
+
+
+def test_a_plain_file_with_its_embeddings_beside_it(alone: Alone) -> None:
+    """As the command line asks for it; without that both are in the file."""
+    norm = "lora_unet_conv_norm_out"
+    ones = torch.ones(32)
+    tensors = load_file(alone.loras / "panda.safetensors") | {f"{norm}.w_norm": ones, f"{norm}.b_norm": ones.clone()}
+    save_file(tensors | {"bundle_emb.zyk.x": torch.ones(1, 768)}, alone.loras / "pivotal.safetensors")
+    how = ["--method", "sum", "--api-auth", USER, "--lora", "tiger", "--lora", "pivotal", "--trigger", "zyk", "--name"]
+    for name, more in (("all", []), ("less", ["--plain", "--separate-embeddings"])):
+        done = command(alone, *how, name, *more)
+        assert done.returncode == 0, done.stderr
+    whole, plain = (files.load(alone.loras / f"{name}.safetensors") for name in ("all", "less"))
+    assert whole.layers.keys() - plain.layers.keys() == {norm} and plain.layers.keys() <= whole.layers.keys()
+    assert whole.embeddings.keys() == {"zyk"} and not plain.embeddings
+    assert (alone.loras / "less embeddings" / "zyk.safetensors").exists()
+    assert not (alone.loras / "all embeddings").exists()
 
 
 def test_refused_merges(alone: Alone) -> None:
