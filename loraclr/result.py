@@ -22,6 +22,10 @@ from loraclr.keys import Family
 from loraclr.lora import Layer
 
 
+#: Keys that were not understood are named in a note up to so many for each LoRA; the recipe names all.
+NAMED = 6
+
+
 @dataclass
 class Merge:
     """The result: layers of one LoRA, and what is known about them.
@@ -83,6 +87,7 @@ class Merge:
                 "kind": concept.kind,
                 "prompts": concept.prompts,
                 "blocks": concept.blocks,
+                "unused": concept.lora.unused,
             }
             for concept in self.concepts
         ]
@@ -111,8 +116,8 @@ def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> M
         for old, new in renamed.items():
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
         if unused := concept.lora.unused:
-            count = len(unused)
-            result.notes.append(f"{count} keys of {concept.lora.name} are not understood and left out ({unused[0]}).")
+            count, shown = len(unused), ", ".join(unused[:NAMED]) + (", …" if len(unused) > NAMED else "")
+            result.notes.append(f"{count} keys of {concept.lora.name} are not understood and left out ({shown}).")
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
             result.notes.append(

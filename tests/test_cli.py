@@ -363,7 +363,10 @@ class TestByWeightsAlone:
         assert main([*how, "with.safetensors"]) == 0
         told = capsys.readouterr().out
         assert "diffusers does not load this file" in told and "--plain on the command line, leaves these" in told
-        assert "3 keys of c are not understood and left out (odd.alpha)." in told
+        keys = [f"odd.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
+        assert f"3 keys of c are not understood and left out ({', '.join(keys)})." in told
+        recipe = json.loads(files.load(here / "with.safetensors").metadata["loraclr.recipe"])
+        assert [concept["unused"] for concept in recipe["concepts"]] == [keys]
         assert main([*how, "without.safetensors", "--plain"]) == 0
         assert "The changes of 1 biases and 1 norm layers are left out." in capsys.readouterr().out
         plain = files.load(here / "without.safetensors")
