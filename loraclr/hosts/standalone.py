@@ -62,12 +62,13 @@ class Standalone:
         return Context(tokens, pooled)
 
     def predict(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
-        added = None
+        unet, added = self.pipeline.unet, None
+        x, tokens = x.to(unet.dtype), context.tokens.to(unet.dtype)
         if context.pooled is not None:
             height, width = (self.pipeline.vae_scale_factor * side for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]]).to(x).expand(x.shape[0], -1)
-            added = {"text_embeds": context.pooled, "time_ids": sizes}
-        return self.pipeline.unet(x, t, encoder_hidden_states=context.tokens, added_cond_kwargs=added).sample
+            added = {"text_embeds": context.pooled.to(x), "time_ids": sizes}
+        return unet(x, t, encoder_hidden_states=tokens, added_cond_kwargs=added).sample.float()
 
     @torch.no_grad()
     def sample(
