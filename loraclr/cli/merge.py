@@ -441,4 +441,12 @@ def summary(merge: Merge, output: Path) -> str:
         lines.append(
             f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
         )
+    if whole := merge.overall:
+        lines.append(
+            f"  The paper's objective over {whole.layers} layers: {whole.start:.3g} without a LoRA, {whole.merged:.3g} "
+            f"with the merged one; its negative term acts on {100 * whole.active:.0f} % of the outputs."
+        )
+    if merge.memory:
+        peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in merge.memory.items())
+        lines.append(f"  Most memory in use: {peaks}.")
     return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])

@@ -126,7 +126,10 @@ def status(task: str) -> dict[str, Any]:
             "path": str(found.done.path),
             "prompt": made.prompt(found.done.path.stem),
             "kept": {name: max(0.0, 1 - after) for name, (_, after) in made.missed.items()},
+            "bled": job.bled(found.done),
             "seconds": made.seconds,
+            "figures": made.figures(),
+            "notes": made.notes,
         }
     return answer
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from loraclr import report
 from loraclr.alignment import ATTENTION, FEED_FORWARD, KINDS, OTHER, TEXT, WORDS
+from loraclr.memory import CARD, PROCESS
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures, titles
@@ -225,10 +226,17 @@ def tables(done: Done) -> list[Table]:
             "0 % as far off as without any LoRA."
         )
         found.append(Table(say("Layer by layer"), ("LoRA", *map(_kind, kinds)), rows, note))
+    if merge.overall:
+        found.append(_objective_table(merge))
     found.append(_ranks_table(merge))
     seconds = [(_stage(stage), f"{time:.1f} s") for stage, time in merge.seconds.items()]
     whole = (say("Altogether"), f"{sum(merge.seconds.values()):.1f} s")
     found.append(Table(say("Time taken"), (say("Stage"), say("Time")), [*seconds, whole]))
+    if merge.memory:
+        rows = [(_owner(what), f"{size / 2**30:.2f} GB") for what, size in merge.memory.items()]
+        columns = (say("Memory"), say("At most"))
+        note = say("The graphics card during this merge; the program since its start, whatever it has done.")
+        found.append(Table(say("Memory needed"), columns, rows, note))
     told = [(titles.title(name), shown(value)) for name, value in merge.recipe()["settings"].items()]
     found.append(
         Table(
@@ -238,6 +246,29 @@ def tables(done: Done) -> list[Table]:
         )
     )
     return found
+
+
+def _objective_table(merge: Merge) -> Table:
+    """What the paper minimises, and where its push acts, by kind of layer and altogether."""
+    parts = [(_kind(name), part) for name, part in merge.objective.items()]
+    rows = [
+        (name, str(part.layers), f"{part.start:.4g}", f"{part.merged:.4g}", f"{part.active:.0%}")
+        for name, part in [*parts, (say("Altogether"), merge.overall)]
+    ]
+    columns = (
+        say("Kind of layer"), say("Layers"), say("Objective before"), say("Objective after"), say("Hinge active"),
+    )  # fmt: skip
+    note = say(
+        "Equation 5 of the paper, a distance for each token, summed over the layers: before without any LoRA, after "
+        "with the merged one. Hinge active: the share of outputs that lie nearer than the margin to another concept's, "
+        "on which its negative term pushes. The method loraclr minimises the positive term only."
+    )
+    return Table(say("The paper's objective"), columns, rows, note)
+
+
+def _owner(name: str) -> str:
+    """Whose memory it is, in words."""
+    return {CARD: say("Graphics card"), PROCESS: say("Program")}.get(name, name)
 
 
 def _ranks_table(merge: Merge) -> Table:
