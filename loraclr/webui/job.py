@@ -52,6 +52,7 @@ class Order:
         name: of the result; "" for one that is made up.
         density: share of the weights that the methods which drop some keep.
         draw: whether to draw pictures to compare afterwards.
+        against_sum: whether to draw them by the weighted sum of the LoRAs, too.
     """
 
     rows: Sequence[Row]
@@ -61,6 +62,7 @@ class Order:
     settings: Settings = field(default_factory=Settings)
     density: float = 0.5
     draw: bool = True
+    against_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def run(task: str, order: Order) -> Done:
     def drawing(what: str, done: float) -> None:
         here().report(retell(what), share + (1 - share) * done)
 
-    done = Done(merged, path, pictures.compare(host, merged, order.settings, drawing))
+    done = Done(merged, path, pictures.compare(host, merged, order.settings, drawing, order.against_sum))
     note_bled(path, bled(done))
     _preview(done.comparison, path)
     host.publish(path)
@@ -163,7 +165,7 @@ def _share_of_merge(host: Host, concepts: Sequence[Concept], order: Order) -> fl
         return 1.0
     if not methods.METHODS[order.method].needs_model:
         return 0.1
-    drawing = pictures.rows_through_unet(concepts, order.settings)
+    drawing = pictures.rows_through_unet(concepts, order.settings, order.against_sum)
     return 1 - drawing / (drawing + work(host, concepts, order.settings))
 
 

@@ -189,8 +189,17 @@ class Tab:
         self.page.locator("#loraclr_name input").fill(name)
         self.page.locator("#loraclr_replace input").set_checked(replace)
 
-    def hurry(self, closed: bool = True) -> None:
-        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages."""
+    def hurry(self, closed: bool = True, method: str = "") -> None:
+        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages.
+
+        method: another one than loraclr, where the test is not about that.
+        """
+        if method:
+            self.page.locator("#loraclr_method input").click()
+            self.page.locator(f'#loraclr_method ul.options li[aria-label="{method}"]').click()
+        self.page.locator("#loraclr_unchanged > .label-wrap").click()
+        self.page.locator("#loraclr_neutral_prompts textarea").fill("a cat\na house")
+        self.page.locator("#loraclr_unchanged > .label-wrap").click()
         self.page.locator("#loraclr_advanced > .label-wrap").click()
         self.page.locator("#loraclr_closed input").set_checked(closed)
         for setting, value in (("steps", "2"), ("size", "64")):

@@ -18,7 +18,8 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     tab.hurry()
     tab.choose(TIGER, PANDA)
     assert tab.trigger(1).input_value() == "sks", "prefilled from the LoRA's own metadata"
-    tab.trigger(2).fill("my panda")
+    tab.trigger(2).fill("my bear")
+    tab.page.locator("#loraclr_against_sum input").check()
     tab.name("zoo")
     tab.settle()
     assert tab.said("note").inner_text().startswith("zoo.safetensors, about ")
@@ -28,9 +29,14 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     assert tab.page.locator("#loraclr_interrupt").is_visible()
     assert "zoo is ready" in tab.finish()
     assert bar.count() == 0
-    assert tab.prompt == "<lora:zoo:1> sks, my panda"
+    assert tab.prompt == "<lora:zoo:1> sks, my bear"
     assert {"zoo.safetensors", "zoo.json", "zoo.preview.png"} <= alone.files()
-    assert tab.said("result").locator(".loraclr-pictures img").count() == 2 * 2 * (2 + 1)
+    assert tab.said("result").locator(".loraclr-share").count() == 4, "kept and bled, for each concept"
+    assert tab.said("pictures").locator(".loraclr-pictures img").count() == 2 * 3 * (2 + 1)
+    tab.page.locator("#loraclr_details > .label-wrap").click()
+    figures = tab.said("figures").inner_text()
+    for title in ("Effect kept", "Bled in", "Layer by layer", "Hinge active", "Ranks", "Time taken", "Memory needed"):
+        assert title in figures
     links = [link.get_attribute("href") for link in tab.page.locator("#loraclr_downloads a").all()]
     assert any("Effect kept" in tab.page.request.get(link).text() for link in links)
     tab.page.screenshot(path=shots / f"alone_{alone.port}.png", full_page=True)
@@ -89,7 +95,7 @@ def test_a_lost_answer(alone: Alone, tab: Page) -> None:
             route.continue_()
 
     tab.page.route("**/run/predict", lose)
-    tab.hurry()
+    tab.hurry(method="sum")
     tab.choose(TIGER, PANDA)
     tab.name("lost")
     tab.start()
@@ -102,34 +108,35 @@ def test_a_lost_answer(alone: Alone, tab: Page) -> None:
 
 def test_an_earlier_merge(alone: Alone, tab: Page) -> None:
     """Its settings come back; a LoRA that is gone since is named."""
-    tab.hurry()
-    tab.choose(TIGER, PANDA)
+    guest = alone.loras / "guest.safetensors"
+    guest.write_bytes((alone.loras / f"{PANDA}.safetensors").read_bytes())
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+    tab.hurry(method="sum")
+    tab.choose(TIGER, guest.stem)
     tab.page.locator("#loraclr_draw input").uncheck()
     tab.name("kept")
     tab.start()
     tab.finish()
     tab.page.locator("#loraclr_remove_1").click()
     tab.settle()
-    panda = alone.loras / f"{PANDA}.safetensors"
-    away = panda.rename(panda.with_suffix(".away"))
-    try:
-        tab.page.locator("#loraclr_refresh").click()
-        tab.settle()
-        tab.page.reload()
-        tab.open()
-        tab.page.locator("#loraclr_history > .label-wrap").click()
-        tab.page.locator("#loraclr_load").click()
-        about = tab.said("merged_about")
-        about.get_by_text("Choose one of the merged LoRAs first.").wait_for()
-        tab.page.locator("#loraclr_merged input").click()
-        tab.page.locator('#loraclr_merged ul.options li[aria-label="kept"]').click()
-        tab.settle()
-        tab.page.locator("#loraclr_load").click()
-        about.get_by_text(f"No longer in the LoRA folder: {PANDA}.safetensors.").wait_for()
-        tab.settle()
-        assert tab.names() == [TIGER]
-    finally:
-        away.rename(panda)
+    guest.unlink()
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+    tab.page.reload()
+    tab.open()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    tab.page.locator("#loraclr_load").click()
+    about = tab.said("merged_about")
+    about.get_by_text("Choose one of the merged LoRAs first.").wait_for()
+    tab.page.locator("#loraclr_merged input").click()
+    tab.page.locator('#loraclr_merged ul.options li[aria-label="kept"]').click()
+    tab.settle()
+    tab.page.locator("#loraclr_load").click()
+    about.get_by_text("No longer in the LoRA folder: guest.safetensors.").wait_for()
+    tab.settle()
+    assert tab.names() == [TIGER]
+    assert tab.page.locator("#loraclr_method input").input_value() == "sum"
 
 
 def test_mistakes(alone: Alone, tab: Page) -> None:
@@ -144,7 +151,7 @@ def test_mistakes(alone: Alone, tab: Page) -> None:
 
 def test_keyboard_only(alone: Alone, tab: Page) -> None:
     """Nothing needs a mouse: choosing, naming, merging."""
-    tab.hurry()
+    tab.hurry(method="sum")
     tab.expect()
     keyboard = tab.page.keyboard
 
