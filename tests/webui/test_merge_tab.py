@@ -33,8 +33,8 @@ def sheet(pictures: list[Image.Image], path: Path) -> None:
 def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
     """Choose three, merge, and the file draws them; without it the model draws what it drew before.
 
-    A user's whole way: a merge is called off, the next one goes to the end, its card is on the Lora page, its prompt goes
-    to txt2img, and Generate draws two concepts in one picture.
+    A user's whole way: a merge is called off, the next one goes to the end, its card is on the Lora page, its prompt
+    goes to txt2img, and Generate draws two concepts in one picture.
     """
     from miniature.judge import Judge, halves
 
@@ -92,7 +92,7 @@ def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
 
 
 def card_and_txt2img(tab: Tab, prompt: str) -> None:
-    """The new card is on txt2img's Lora page at once, with picture and activation text, and the prompt where it goes."""
+    """The new card is on txt2img's Lora page at once, with picture and activation text; the prompt is where it goes."""
     tab.page.locator("#loraclr_send").click()
     field = tab.page.locator("#txt2img_prompt textarea")
     field.wait_for(state="visible")
