@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def objective(
     seen: Sequence[Mapping[str, Tensor]],
     margin: float,
     penalty: float,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Objective]:
     """Eq. 5 of the merged layers by kind of layer (`loraclr.alignment.KINDS`), on some rows of their inputs.
 
@@ -58,9 +59,11 @@ def objective(
         merged: the merged changes ΔW.
         seen: for each concept, layer name → X_i (n, d), inputs taken while its own LoRA is at work.
         margin, penalty: m and λ.
+        tick: called before every layer; may raise to cancel.
     """
     told: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for name, change in merged.items():
+        tick()
         if all(name in inputs for inputs in seen):
             own = [changes.get(name) for changes in asked]
             told[kind(name)].append(_layer(modules[name], own, change, [i[name] for i in seen], margin, penalty))

@@ -445,7 +445,9 @@ class _Run:
     def alignment(self) -> tuple[dict[str, dict[str, float]], dict[str, hinge.Objective]]:
         """For each concept how near the merged layers come to its own, and the paper's objective, by kind of layer."""
         found, seen, settings = {}, [], self.settings
+        stage = "Measuring what came of it"
         for place, concept in enumerate(self.concepts):
+            self.tick(stage)
             inputs: dict[str, Tensor] = {}
             found[concept.lora.name] = alignment(
                 self.host, self.modules, self.asked[place], self.merged, self.held[place],
@@ -453,8 +455,9 @@ class _Run:
             )  # fmt: skip
             seen.append(inputs)
         return found, hinge.objective(
-            self.modules, self.asked[:-1], self.merged, seen, settings.margin, settings.penalty
-        )
+            self.modules, self.asked[:-1], self.merged, seen, settings.margin, settings.penalty,
+            lambda: self.tick(stage),
+        )  # fmt: skip
 
     def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""

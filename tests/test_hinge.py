@@ -85,6 +85,16 @@ def test_the_same_places_of_every_concept() -> None:
     assert hinge.some(rows[:, :3]).shape == (6, 1)
 
 
+def test_it_can_be_stopped_at_any_layer() -> None:
+    modules, asked, merged, seen = layer()
+
+    def stop() -> None:
+        raise merging.Cancelled
+
+    with pytest.raises(merging.Cancelled):
+        hinge.objective(modules, asked, merged, seen, MARGIN, PENALTY, stop)
+
+
 def test_a_merge_reports_it() -> None:
     host = ToyHost()
     concepts = [

