@@ -61,7 +61,9 @@ def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
     assert tab.page.locator("#loraclr_interrupt").is_visible()
 
     said = tab.finish()
+    tab.page.set_viewport_size({"width": 1280, "height": 1340})
     tab.page.screenshot(path=shots / "done.png")
+    tab.page.set_viewport_size({"width": 1280, "height": 900})
     assert "zoo is ready" in said
     triggers = f"{TIGER.trigger}, {PANDA.trigger}, {words}"
     assert tab.prompt == f"<lora:zoo:1> {triggers}"
