@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraclr.cli import Refused, quiet
 from loraclr.cli.progress import Line, clock
@@ -441,12 +441,21 @@ def summary(merge: Merge, output: Path) -> str:
         lines.append(
             f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
         )
-    if whole := merge.overall:
-        lines.append(
-            f"  The paper's objective over {whole.layers} layers: {whole.start:.3g} without a LoRA, {whole.merged:.3g} "
-            f"with the merged one; its negative term acts on {100 * whole.active:.0f} % of the outputs."
-        )
-    if merge.memory:
-        peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in merge.memory.items())
-        lines.append(f"  Most memory in use: {peaks}.")
+    lines += measured(merge.figures())
     return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])
+
+
+def measured(figures: Mapping[str, Any]) -> list[str]:
+    """The objective and the memory of `loraclr.result.Merge.figures`, also as an API has sent them."""
+    lines, parts = [], list(figures.get("objective", {}).values())
+    if layers := sum(part["layers"] for part in parts):
+        start, merged = (sum(part[name] for part in parts) for name in ("start", "merged"))
+        active = sum(part["active"] * part["layers"] for part in parts) / layers
+        lines.append(
+            f"  The paper's objective over {layers} layers: {start:.3g} without a LoRA, {merged:.3g} with the merged one; "
+            f"its negative term acts on {100 * active:.0f} % of the outputs."
+        )
+    if memory := figures.get("peak_bytes"):
+        peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in memory.items())
+        lines.append(f"  Most memory in use: {peaks}.")
+    return lines

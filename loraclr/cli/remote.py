@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from loraclr.cli import Refused
-from loraclr.cli.merge import LOOP
+from loraclr.cli.merge import LOOP, measured
 from loraclr.cli.progress import Line, clock
 
 EVERY = 0.5  # seconds between two looks at a job
@@ -163,4 +163,5 @@ def summary(ended: dict[str, Any], loras: int) -> str:
     """What the server wrote, how well each LoRA is kept, and the prompt to use."""
     lines = [f"Wrote {ended['path']} on the server: {loras} LoRAs, in {clock(sum(ended['seconds'].values()))}."]
     lines += [f"  {name}: {kept:.0%} of its effect kept".replace("%", " %") for name, kept in ended["kept"].items()]
+    lines += measured(ended.get("figures", {}))
     return "\n".join([*lines, f"Prompt: {ended['prompt']}"])
