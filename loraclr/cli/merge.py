@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loraclr.cli import Refused, quiet
-from loraclr.cli.progress import Line, clock
+from loraclr.cli.progress import Line
+from loraclr.cli.summary import summary
 
 if TYPE_CHECKING:
     from loraclr.concept import Concept
@@ -426,36 +427,3 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
             )
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def summary(merge: Merge, output: Path) -> str:
-    """What was written, how well each LoRA is kept, and the prompt to use."""
-    size = f"{output.stat().st_size / 1e6:.1f} MB"
-    many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
-    lines = [f"Wrote {output}: {many}, {merge.ranks}, {size}, in {clock(sum(merge.seconds.values()))}."]
-    for name, (_, missed) in merge.missed.items():
-        lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
-    if merge.kept:
-        worst = min(merge.kept, key=merge.kept.get)
-        mean, least = 100 * sum(merge.kept.values()) / len(merge.kept), 100 * merge.kept[worst]
-        lines.append(
-            f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
-        )
-    lines += measured(merge.figures())
-    return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])
-
-
-def measured(figures: Mapping[str, Any]) -> list[str]:
-    """The objective and the memory of `loraclr.result.Merge.figures`, also as an API has sent them."""
-    lines, parts = [], list(figures.get("objective", {}).values())
-    if layers := sum(part["layers"] for part in parts):
-        start, merged = (sum(part[name] for part in parts) for name in ("start", "merged"))
-        active = sum(part["active"] * part["layers"] for part in parts) / layers
-        lines.append(
-            f"  The paper's objective over {layers} layers: {start:.3g} without a LoRA, {merged:.3g} with the merged one; "
-            f"its negative term acts on {100 * active:.0f} % of the outputs."
-        )
-    if memory := figures.get("peak_bytes"):
-        peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in memory.items())
-        lines.append(f"  Most memory in use: {peaks}.")
-    return lines

@@ -13,8 +13,9 @@ from urllib.parse import quote, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from loraclr.cli import Refused
-from loraclr.cli.merge import LOOP, measured
+from loraclr.cli.merge import LOOP
 from loraclr.cli.progress import Line, clock
+from loraclr.cli.summary import measured
 
 EVERY = 0.5  # seconds between two looks at a job
 PATIENCE = 30  # seconds for an answer; the API answers at once, but a busy machine may not
