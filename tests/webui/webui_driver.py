@@ -131,7 +131,8 @@ class Tab:
         browser: with cookies and storage of its own, as another person's would have.
         page: the page of it that is looked at.
         errors: exceptions of the pages' scripts so far.
-        console: errors in the console, but for names on the net, which the browser here cannot reach.
+        console: errors in the console and where they are from, but for names on the net, which the browser here cannot
+            reach.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
@@ -153,7 +154,7 @@ class Tab:
 
     def _note(self, message: Any) -> None:
         if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
-            self.console.append(message.text)
+            self.console.append(f"{message.text} ({message.location['url']})")
 
     def open(self) -> None:
         """Click the tab."""

@@ -57,9 +57,14 @@ def test_a_row(tab: Page) -> None:
         tab.page.locator("#loraclr_kind_1").get_by_text(kind, exact=True).click()
         tab.settle()
 
-    assert prompts.input_value().splitlines()[0] == "a photo of a {}"
+    def begin(first: str) -> None:
+        tab.page.wait_for_function(
+            "first => document.querySelector('#loraclr_prompts_1 textarea').value.split('\\n')[0] == first", arg=first
+        )
+
+    begin("a photo of a {}")
     choose_kind("Style")
-    assert prompts.input_value().splitlines()[0] == "a photo of a car in {}"
+    begin("a photo of a car in {}")
     prompts.fill("my {}")
     choose_kind("Subject")
     assert prompts.input_value() == "my {}"
