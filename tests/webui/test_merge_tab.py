@@ -60,7 +60,7 @@ def test_merge_and_use(webui: Webui, tab: Tab, shots: Path) -> None:
     assert any("%" in text and "Looking at" in text for text in seen), seen
     assert tab.page.locator("#loraclr_interrupt").is_visible()
 
-    said = tab.finish()
+    said = tab.finish(2400)
     tab.page.set_viewport_size({"width": 1280, "height": 1340})
     tab.page.screenshot(path=shots / "done.png")
     tab.page.set_viewport_size({"width": 1280, "height": 900})
