@@ -21,7 +21,6 @@ from loraclr.hosts import Checkpoint
 from loraclr.keys import Family
 from loraclr.lora import Layer
 
-
 #: Keys that were not understood are named in a note up to so many for each LoRA; the recipe names all.
 NAMED = 6
 
