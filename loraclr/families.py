@@ -55,10 +55,8 @@ _FOREIGN = [
             r"(^|_)blocks_\d+_cross_attn_(q|kv)_linear_|^(lora_)?transformer_transformer_blocks_\d+_attn[12]_",
             "PixArt or a relative of it",
         ),
-        (
-            r"(^|_)joint_blocks_|^(lora_)?transformer_transformer_blocks_|^(lora_te3|te3|text_encoder_3)_",
-            "SD3 or Flux",
-        ),
+        (r"(^|_)joint_blocks_|^(lora_te3|te3|text_encoder_3)_", "SD3"),
+        (r"^(lora_)?transformer_transformer_blocks_", "SD3 or Flux"),
         (
             # The webui's own names of text encoder layers start with "transformer" too.
             r"^(lora_)?transformer_(?!text_model_|encoder_layers_|resblocks_)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Recipe:
         return None if same else f"The recipe was made with {which}; this merge is for {checkpoint.name}."
 
     def concepts(self, folders: Sequence[Path]) -> list[Concept]:
-        """The LoRAs, looked for by name in the folders.
+        """The LoRAs, looked for by name and hash in the folders, and in all that lies below the first.
 
         Raises:
             ValueError: one is not there or is another file than it was; the sentence names it.
@@ -72,13 +73,22 @@ def read(path: Path) -> Recipe:
 
 
 def _concept(entry: dict[str, Any], folders: Sequence[Path]) -> Concept:
-    path = next((folder / entry["file"] for folder in folders if (folder / entry["file"]).is_file()), None)
-    if path is None:
-        where = " or ".join(str(folder.resolve()) for folder in folders)
-        raise ValueError(f"{entry['file']}, which the recipe names, is not in {where}: put it there.")
-    if entry["hash"] and files.model_hash(path) != entry["hash"]:
-        raise ValueError(f"{path.name} is not the file that the recipe was made with: get that one.")
     return Concept(
-        files.load(path), entry["trigger"], entry["weight"], entry["text_weight"], entry["kind"],
+        files.load(_file(entry, folders)), entry["trigger"], entry["weight"], entry["text_weight"], entry["kind"],
         tuple(entry["prompts"]), entry["blocks"],
     )  # fmt: skip
+
+
+def _file(entry: dict[str, Any], folders: Sequence[Path]) -> Path:
+    """The file that a recipe's entry is about: in one of the folders, or anywhere below the first."""
+    name, other = entry["file"], None
+    for path in chain((folder / name for folder in folders), folders[0].rglob(name)):
+        if not path.is_file():
+            continue
+        if not entry["hash"] or files.model_hash(path) == entry["hash"]:
+            return path
+        other = other or path
+    if other is not None:
+        raise ValueError(f"{other.name} is not the file that the recipe was made with: get that one.")
+    where = " or ".join(dict.fromkeys(str(folder.resolve()) for folder in folders))
+    raise ValueError(f"{name}, which the recipe names, is not in {where}: put it there.")

@@ -132,11 +132,12 @@ class Merge:
 
 
 def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> Merge:
-    """A merge with no layers yet, its concepts' words under names that no two of them share.
+    """A merge with no layers yet, its concepts and their words under names that no two of them share.
 
     folded: whether the merge makes up for what is lost of embeddings for single layers (see `loraclr.folding`).
     """
     result = Merge(concepts[0].lora.family, [], settings)
+    concepts = _named_apart(concepts)
     renames = distinct([concept.lora.words for concept in concepts])
     for concept, renamed in zip(concepts, renames, strict=True):
         result.concepts.append(concept.with_words(renamed))
@@ -155,6 +156,18 @@ def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> M
                 else f"Of {concept.lora.name}'s embeddings of {words} for single layers the mean is kept."
             )
     return result
+
+
+def _named_apart(concepts: Sequence[Concept]) -> list[Concept]:
+    """The concepts, each LoRA whose name an earlier one has with a number behind it: PEFT gives all files one name."""
+    apart, taken = [], set()
+    for concept in concepts:
+        name, number = concept.lora.name, 2
+        while name in taken:
+            name, number = f"{concept.lora.name} {number}", number + 1
+        taken.add(name)
+        apart.append(concept if name == concept.lora.name else replace(concept, lora=replace(concept.lora, name=name)))
+    return apart
 
 
 _OPEN_CLIP_ATTENTION: dict[Family, str] = {

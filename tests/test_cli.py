@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toy import ToyHost, toy_lora
 
 import loraclr
@@ -401,6 +401,18 @@ class TestByWeightsAlone:
         assert first.metadata["sshs_model_hash"] == again.metadata["sshs_model_hash"]
         recipes = [json.loads(lora.metadata["loraclr.recipe"]) for lora in (first, again)]
         assert recipes[0] == recipes[1]
+
+    def test_a_recipe_finds_files_in_folders_and_tells_two_of_one_name_apart(self, here: Path) -> None:
+        for place, name in (("x", "a"), ("y/z", "b")):
+            (here / place).mkdir(parents=True)
+            (here / f"{name}.safetensors").rename(here / place / "same.safetensors")
+        pair = ["--lora", "x/same.safetensors", "--lora", "y/z/same.safetensors", "--weight", "0.5"]
+        assert main(["merge", "--method", "sum", *pair, "--output", "out.safetensors"]) == 0
+        assert main(["merge", "--recipe", "out.safetensors", "--output", "again.safetensors"]) == 0
+        first, again = (load_file(here / f"{name}.safetensors") for name in ("out", "again"))
+        assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+        merged = files.load(here / "again.safetensors")
+        assert merged.metadata["modelspec.merged_from"] == "same, same 2"
 
     @pytest.mark.parametrize(
         ("arguments", "words"),

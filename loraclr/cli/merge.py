@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         type=Path,
         metavar="FILE",
-        help="merge again as this merged LoRA was, from the LoRAs beside it or in the current folder",
+        help="merge again as this merged LoRA was, from the LoRAs beside it, below it or in the current folder",
     )
 
     there = parser.add_argument_group("by a running webui", "with its checkpoint, into its LoRA folder")
