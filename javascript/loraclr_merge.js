@@ -1,4 +1,4 @@
-// The LoRACLR Merge tab: the webui's own progress bar and live picture, the Interrupt button, rows, and txt2img's prompt.
+// The LoRACLR Merge tab: the webui's own progress bar and live picture, Interrupt, rows, txt2img's prompt, tooltips.
 
 function loraclrPart(name) {
     return gradioApp().getElementById("loraclr_" + name);
@@ -32,10 +32,19 @@ function loraclrFetch(task, tries) {
     if (!tries || gradioApp().querySelector('#loraclr_result [data-task="' + task + '"]')) {
         if (localGet("loraclr_task_id") == task) localRemove("loraclr_task_id");
         loraclrPart("look").click(); // there is one more earlier merge
+        if (gradioApp().querySelector("#loraclr_result .loraclr-done")) loraclrListCards();
         return;
     }
     loraclrPart("restore").click();
     setTimeout(() => loraclrFetch(task, tries - 1), 5000);
+}
+
+// The new LoRA's card: the Lora pages of txt2img and img2img are as old as this page until they are asked for again.
+function loraclrListCards() {
+    for (const tab of ["txt2img", "img2img"]) {
+        const refresh = gradioApp().getElementById(tab + "_lora_extra_refresh_internal");
+        if (refresh) refresh.click();
+    }
 }
 
 function loraclrMerge() {
@@ -88,12 +97,49 @@ function loraclrMore(shown) {
     return [];
 }
 
+const loraclrTips = {
+    refresh: "Look into the LoRA folder again",
+    up: "Move this LoRA up",
+    remove: "Leave this LoRA out",
+    merge: "Merge the chosen LoRAs into one file",
+    interrupt: "Stop: no file is written, and the model stays as it was",
+    take: "Choose the LoRAs that the txt2img prompt names, at its weights",
+    every: "List LoRAs, too, that are known to be for another kind of checkpoint than the loaded one",
+    hidden: "List what lies in folders whose names begin with a dot, too",
+    more: "For each LoRA its weights by block, and the prompts that it is watched in",
+    trigger: "The words that call this concept in a prompt",
+    weight: "The strength at which this LoRA looks right alone",
+    text_weight: "Weight for the text encoder; empty: the same",
+    kind: "A subject is a person, an animal or a thing; a style changes how everything looks",
+    blocks: "How much each block of the model gets of this LoRA",
+    prompts: "The prompts that this LoRA is watched in",
+    name: "The name of the file, and of the LoRA in prompts",
+    replace: "Overwrite the file of this name, if there is one",
+    draw: "Each concept by its own LoRA and by the merged one, and two in one picture, with the same seeds",
+    against_sum: "The same pictures by all LoRAs at once, stacked at their weights",
+    subset: "Which concepts' words are in the prompt below",
+    send: "Put this prompt into txt2img, and go there",
+    downloads: "A page with all pictures and figures, and the settings as JSON",
+    load: "Put LoRAs, words, weights and settings of the merged LoRA back into the form",
+};
+
+// What a control is for, where no sentence stands beside it.
+function loraclrExplain() {
+    for (const [name, tip] of Object.entries(loraclrTips)) {
+        const told = typeof getTranslation == "function" && getTranslation(tip) || tip;
+        for (const part of gradioApp().querySelectorAll('[id^="loraclr_' + name + '"]')) {
+            if (part.id.slice(8 + name.length).match(/^(_\d+)?$/)) part.title = told;
+        }
+    }
+}
+
 onUiTabChange(function() {
     const tab = gradioApp().getElementById("tab_loraclr");
     if (tab && tab.style.display != "none") loraclrPart("look").click();
 });
 
 onOptionsAvailable(function() {
+    if (loraclrPart("buttons")) loraclrExplain();
     const task = localGet("loraclr_task_id");
     if (!task || !loraclrPart("buttons")) return;
     loraclrFollow(task, 0, false);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,12 @@ def kind(name: str) -> str:
 
 @torch.no_grad()
 def alignment(
-    host: Host, modules: Mapping[str, nn.Module], own: Changes, merged: Changes, bank: Bank
+    host: Host,
+    modules: Mapping[str, nn.Module],
+    own: Changes,
+    merged: Changes,
+    bank: Bank,
+    also: Callable[[str, Tensor], None] = lambda *_: None,
 ) -> dict[str, float]:
     """For each kind of layer 1 − Σ‖x(ΔW − ΔW_i)ᵀ‖² / Σ‖xΔW_iᵀ‖² over its layers, the positive term of Eq. 1 in shares.
 
@@ -41,11 +46,13 @@ def alignment(
         own: the concept's changes ΔW_i, which are applied while the inputs x are taken.
         merged: the merged changes ΔW.
         bank: UNet calls of the concept's own pictures; some of them, spread over the steps, are looked at.
+        also: told the same, (layer name, inputs (B, tokens, d)).
     """
     wanted, missed = defaultdict(float), defaultdict(float)
 
     def tell(name: str, rows: Tensor) -> None:
-        asked, found = _output(own.get(name), rows), _output(merged.get(name), rows)
+        also(name, rows)
+        asked, found = output(own.get(name), rows), output(merged.get(name), rows)
         wanted[kind(name)] += float(asked.square().sum()) if asked is not None else 0.0
         difference = found if asked is None else asked if found is None else found - asked
         missed[kind(name)] += float(difference.square().sum())
@@ -60,8 +67,8 @@ def alignment(
     return {name: 1 - missed[name] / wanted[name] for name in KINDS if wanted[name] > 0}
 
 
-def _output(change: Factors | None, rows: Tensor) -> Tensor | None:
-    """What a change adds to a layer's output for rows (B, tokens, d), in float32."""
+def output(change: Factors | None, rows: Tensor) -> Tensor | None:
+    """What a change adds to a layer's output for rows (..., d), in float32; None if there is none."""
     if change is None:
         return None
     up, down = (factor.to(rows.device, torch.float32) for factor in change)

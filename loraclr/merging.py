@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, diagnosis, folding, prompts, scenes
+from loraclr import capture, diagnosis, folding, hinge, memory, prompts, scenes
 from loraclr.alignment import alignment
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
@@ -124,6 +124,7 @@ def merge(
     check(host, concepts)
     result = begun(concepts, settings, folded=True)
     concepts = result.concepts
+    memory.begin(host.device)
     with host.session(), ExitStack() as stack:
         run = _Run(host, concepts, settings, progress, fit)
         if result.words:
@@ -143,7 +144,8 @@ def merge(
         result.seconds["polish"] = run.lap()
         result.layers, result.kept = run.layers(), run.kept
         result.notes += run.reasons(polished)
-        result.alignment = run.alignment()
+        result.alignment, result.objective = run.alignment()
+    result.memory = memory.peaks(host.device)
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
@@ -440,12 +442,22 @@ class _Run:
             found.append("A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.")
         return found
 
-    def alignment(self) -> dict[str, dict[str, float]]:
-        """For each concept how near the merged layers come to its own, by kind of layer."""
-        return {
-            concept.lora.name: alignment(self.host, self.modules, self.asked[place], self.merged, self.held[place])
-            for place, concept in enumerate(self.concepts)
-        }
+    def alignment(self) -> tuple[dict[str, dict[str, float]], dict[str, hinge.Objective]]:
+        """For each concept how near the merged layers come to its own, and the paper's objective, by kind of layer."""
+        found, seen, settings = {}, [], self.settings
+        stage = "Measuring what came of it"
+        for place, concept in enumerate(self.concepts):
+            self.tick(stage)
+            inputs: dict[str, Tensor] = {}
+            found[concept.lora.name] = alignment(
+                self.host, self.modules, self.asked[place], self.merged, self.held[place],
+                lambda name, rows, inputs=inputs: inputs.__setitem__(name, hinge.some(rows)),
+            )  # fmt: skip
+            seen.append(inputs)
+        return found, hinge.objective(
+            self.modules, self.asked[:-1], self.merged, seen, settings.margin, settings.penalty,
+            lambda: self.tick(stage),
+        )  # fmt: skip
 
     def layers(self) -> dict[str, Layer | Norm]:
         """The factors, both of one size, as layers of a file."""

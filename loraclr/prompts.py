@@ -81,6 +81,11 @@ MORE_NEUTRAL = (
 )
 
 
+def usual(kind: Kind) -> tuple[str, ...]:
+    """The templates of a kind that a quick merge looks at."""
+    return (STYLE if kind == "style" else SUBJECT)[: QUICK[kind]]
+
+
 def filled(trigger: str, kind: Kind = "subject", templates: tuple[str, ...] = (), thorough: bool = False) -> list[str]:
     """The templates with the trigger in them.
 
@@ -88,8 +93,8 @@ def filled(trigger: str, kind: Kind = "subject", templates: tuple[str, ...] = ()
         templates: empty for the usual ones of this kind.
         thorough: all of the usual ones, or given ones twice, to be drawn from other noise.
     """
-    usual = STYLE if kind == "style" else SUBJECT
-    chosen = templates * (1 + thorough) or (usual if thorough else usual[: QUICK[kind]])
+    every = STYLE if kind == "style" else SUBJECT
+    chosen = templates * (1 + thorough) or (every if thorough else usual(kind))
     return [template.replace("{}", trigger) for template in chosen]
 
 

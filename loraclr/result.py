@@ -17,6 +17,7 @@ from loraclr.changes import is_text
 from loraclr.concept import Concept
 from loraclr.embeddings import Embeddings, distinct
 from loraclr.formats import Norm
+from loraclr.hinge import Objective
 from loraclr.hosts import Checkpoint
 from loraclr.keys import Family
 from loraclr.lora import Layer
@@ -36,9 +37,11 @@ class Merge:
             (0 is perfect), after the closed form and after the polish.
         alignment: per concept name and kind of layer how near the merged change comes to its own (1: the same), see
             `loraclr.alignment`.
+        objective: per kind of layer what the paper minimises, see `loraclr.hinge`.
         kept: per layer name the share of its output's energy (for methods by weights alone, of ‖ΔW‖²) that is left
             where a rank cut it, before any polish.
         seconds: wall-clock time by stage.
+        memory: the most bytes in use at a time, see `loraclr.memory`.
         checkpoint: the model that it was made for; None if none was looked at.
         words: the embeddings that the LoRAs bring along.
         notes: what users should know, a sentence each.
@@ -51,8 +54,10 @@ class Merge:
     layers: dict[str, Layer | Norm] = field(default_factory=dict)
     missed: dict[str, tuple[float, float]] = field(default_factory=dict)
     alignment: dict[str, dict[str, float]] = field(default_factory=dict)
+    objective: dict[str, Objective] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -73,6 +78,30 @@ class Merge:
     def triggers(self) -> str:
         """Every concept's trigger words."""
         return ", ".join(concept.trigger for concept in self.concepts if concept.trigger)
+
+    @property
+    def overall(self) -> Objective | None:
+        """The objective of all layers together; None where it was not looked at."""
+        parts = self.objective.values()
+        layers = sum(part.layers for part in parts)
+        if not layers:
+            return None
+        active = sum(part.active * part.layers for part in parts) / layers
+        return Objective(layers, sum(part.start for part in parts), sum(part.merged for part in parts), active)
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, as plain values; where nothing was, the entry is empty."""
+        return {
+            "effect_kept": {
+                name: {"closed_form": 1 - closed, "polished": 1 - polished}
+                for name, (closed, polished) in self.missed.items()
+            },
+            "alignment": self.alignment,
+            "objective": {name: asdict(part) for name, part in self.objective.items()},
+            "rank_kept": self.kept,
+            "seconds": self.seconds,
+            "peak_bytes": self.memory,
+        }
 
     def recipe(self) -> dict:
         """Everything needed to run the same merge again, for the file's metadata."""

@@ -21,6 +21,7 @@ from loraclr.cli import Refused
 from loraclr.cli import merge as command
 from loraclr.cli.progress import Line, clock, sentence
 from loraclr.formats import Norm
+from loraclr.hinge import Objective
 from loraclr.hosts import Checkpoint
 from loraclr.lora import Layer
 from loraclr.methods import METHODS
@@ -91,6 +92,8 @@ def fake_merge(host: Tiny, concepts: list, settings: merging.Settings, progress:
         settings=settings,
         seconds={"solve": 61.0},
         missed={concept.lora.name: (0.5, 0.25) for concept in concepts},
+        objective={"attention": Objective(3, 8.0, 1.5, 0.5), "feed-forward": Objective(1, 2.0, 0.5, 0.1)},
+        memory={"process": 3 * 2**29},
     )
 
 
@@ -249,6 +252,8 @@ class TestMerge:
         assert "Wrote out.safetensors: 2 LoRAs, rank 2" in out
         assert "in 1:01." in out
         assert "a: 75 % of its effect kept" in out
+        assert "over 4 layers: 10 without a LoRA, 2 with the merged one; its negative term acts on 40 %" in out
+        assert "Most memory in use: process 1.5 GB." in out
         assert out.endswith("Prompt: <lora:out:1> sks, zyk\n")
         assert err == "Polishing: 50 %, 0:02 left\nDrawing a picture for its card: 100 %\n"
         assert files.load(here / "out.safetensors").triggers() == "sks, zyk"

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "loraclr" / "webui").glob("*.py"))
 LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 #: Arguments that the user reads, by name; and calls whose first argument is read, by the called thing's name.
-READ = ("label", "info", "placeholder", "tooltip")
+READ = ("label", "info", "placeholder")
 SAID_FIRST = ("Button", "Accordion", "info", "say")
 #: Constants with text in HTML.
 TEXTS = ("HEADING", "EMPTY", "NOTHING", "NONE", "OTHER", "WELCOME")
@@ -40,6 +40,9 @@ def strings() -> set[str]:
     found.update(CORE)
     page = (ROOT / "loraclr" / "webui" / "alone" / "page.js").read_text(encoding="utf-8")
     found.update(re.findall(r'loraclrSay\("([^"]+)"', page))
+    script = (ROOT / "javascript" / "loraclr_merge.js").read_text(encoding="utf-8")
+    tips = re.search(r"const loraclrTips = {\n(.+?)\n};", script, re.S)[1].splitlines()
+    found.update(re.fullmatch(r' +\w+: "(.+)",', line)[1] for line in tips)
     found.update(method.text for method in METHODS.values() if method.offered)
     return {text for text in found if not SAME.fullmatch(text)}
 

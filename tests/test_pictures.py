@@ -47,6 +47,29 @@ def test_every_concept_and_pairs(host: ToyHost, merged: Merge) -> None:
     assert rows == pictures.rows_through_unet(merged.concepts, merged.settings)
 
 
+def test_against_the_weighted_sum(host: ToyHost, merged: Merge) -> None:
+    """On wish every row is drawn by all LoRAs at once, too, with the same noise; nothing else changes."""
+    usual = pictures.compare(host, merged, merged.settings, lambda *_: None)
+    assert not any(row.by_sum for row in usual.concepts + usual.scenes)
+    told: list[float] = []
+    before = host.drawn
+    found = pictures.compare(host, merged, merged.settings, lambda _, share: told.append(share), True)
+    drawn = host.drawn - before
+    assert 2 * merged.settings.steps * drawn == pictures.rows_through_unet(merged.concepts, merged.settings, True)
+    assert told == sorted(told) and told[-1] < 1
+    for old, new in zip(usual.concepts + usual.scenes, found.concepts + found.scenes, strict=True):
+        assert [p.tobytes() for p in (*old.before, *old.after)] == [p.tobytes() for p in (*new.before, *new.after)]
+    weights = combine(merged.concepts, "sum")
+    same = pictures.compare(host, weights, merged.settings, lambda *_: None)
+    for wanted, row in zip(same.concepts + same.scenes, found.concepts + found.scenes, strict=True):
+        near = [
+            torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).float() for p in (*wanted.after, *row.by_sum)
+        ]
+        assert len(near) == 4
+        for ours, theirs in zip(near[2:], near[:2], strict=True):
+            assert (ours - theirs).abs().max() <= 1
+
+
 @pytest.mark.parametrize("end", [Cancelled, torch.cuda.OutOfMemoryError])
 def test_an_early_end_keeps_what_is_finished(host: ToyHost, merged: Merge, end: type[Exception]) -> None:
     """Drawing stops at once, and no hook stays."""

@@ -19,6 +19,7 @@ PAIR = ["--lora", "tiger", "--trigger", "sks tiger", "--weight", "0.8", "--lora"
 DONE = {
     "state": "done", "path": "/loras/both.safetensors", "prompt": "<lora:both:1> sks tiger, ink",
     "kept": {"tiger": 0.912}, "seconds": {"capture": 60.0, "polish": 5.0},
+    "figures": {"objective": {}, "peak_bytes": {"graphics card": 3 * 2**29, "process": 2**30}},
 }  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def test_the_order_and_the_end(api: Api, capsys: pytest.CaptureFixture[str]) -> 
     assert out.splitlines() == [
         "Wrote /loras/both.safetensors on the server: 2 LoRAs, in 1:05.",
         "  tiger: 91 % of its effect kept",
+        "  Most memory in use: graphics card 1.5 GB, process 1.0 GB.",
         "Prompt: <lora:both:1> sks tiger, ink",
     ]
     assert err.splitlines()[0] == "Waiting in the server's queue: 0 %"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraclr.cli import Refused, quiet
-from loraclr.cli.progress import Line, clock
+from loraclr.cli.progress import Line
+from loraclr.cli.summary import summary
 
 if TYPE_CHECKING:
     from loraclr.concept import Concept
@@ -426,19 +427,3 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
             )
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def summary(merge: Merge, output: Path) -> str:
-    """What was written, how well each LoRA is kept, and the prompt to use."""
-    size = f"{output.stat().st_size / 1e6:.1f} MB"
-    many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
-    lines = [f"Wrote {output}: {many}, {merge.ranks}, {size}, in {clock(sum(merge.seconds.values()))}."]
-    for name, (_, missed) in merge.missed.items():
-        lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
-    if merge.kept:
-        worst = min(merge.kept, key=merge.kept.get)
-        mean, least = 100 * sum(merge.kept.values()) / len(merge.kept), 100 * merge.kept[worst]
-        lines.append(
-            f"  The rank keeps {mean:.1f} % of a layer's change on average, {least:.1f} % in the worst ({worst})."
-        )
-    return "\n".join([*lines, *merge.notes, f"Prompt: {merge.prompt(output.stem)}"])

@@ -15,6 +15,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from loraclr.cli import Refused
 from loraclr.cli.merge import LOOP
 from loraclr.cli.progress import Line, clock
+from loraclr.cli.summary import measured
 
 EVERY = 0.5  # seconds between two looks at a job
 PATIENCE = 30  # seconds for an answer; the API answers at once, but a busy machine may not
@@ -165,4 +166,5 @@ def summary(ended: dict[str, Any], loras: int) -> str:
     """What the server wrote, how well each LoRA is kept, and the prompt to use."""
     lines = [f"Wrote {ended['path']} on the server: {loras} LoRAs, in {clock(sum(ended['seconds'].values()))}."]
     lines += [f"  {name}: {kept:.0%} of its effect kept".replace("%", " %") for name, kept in ended["kept"].items()]
+    lines += measured(ended.get("figures", {}))
     return "\n".join([*lines, f"Prompt: {ended['prompt']}"])

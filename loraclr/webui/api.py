@@ -16,6 +16,7 @@ from loraclr.merging import Cancelled
 from loraclr.methods import METHODS
 from loraclr.webui import card, job, library, orders
 from loraclr.webui.job import Done, Order
+from loraclr.webui.language import english
 from loraclr.webui.surroundings import here
 
 _REMEMBERED = 64  # jobs
@@ -79,18 +80,19 @@ def loras() -> list[dict[str, Any]]:
 
 def lora(name: str) -> dict[str, Any]:
     """What one LoRA is, and what is wrong with it."""
-    try:
-        found = card.of(library.path_of(name))
-    except ValueError as error:
-        raise HTTPException(404, str(error)) from error
-    return {
-        "name": name,
-        "family": None if found.lora is None else found.lora.family,
-        "facts": found.facts,
-        "trigger": found.trigger,
-        "problem": found.wrong(library.loaded_family()),
-        "unused": [] if found.lora is None else list(found.lora.unused),
-    }
+    with english():
+        try:
+            found = card.of(library.path_of(name))
+        except ValueError as error:
+            raise HTTPException(404, str(error)) from error
+        return {
+            "name": name,
+            "family": None if found.lora is None else found.lora.family,
+            "facts": found.facts,
+            "trigger": found.trigger,
+            "problem": found.wrong(library.loaded_family()),
+            "unused": [] if found.lora is None else list(found.lora.unused),
+        }
 
 
 def _checked(order: dict) -> Order:
@@ -103,11 +105,12 @@ def _checked(order: dict) -> Order:
 def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi is told)
     """Put a merge into the webui's queue; what is wrong with it is said at once."""
     try:
-        try:
-            asked = _checked(order)
-        except ValueError:  # its LoRA may be newer than the list of them
-            library.refresh()
-            asked = _checked(order)
+        with english():
+            try:
+                asked = _checked(order)
+            except ValueError:  # its LoRA may be newer than the list of them
+                library.refresh()
+                asked = _checked(order)
     except ValueError as error:
         raise HTTPException(422, str(error)) from error
     wanted = Job(f"task(loraclr-{secrets.token_hex(6)})", asked)
@@ -136,7 +139,10 @@ def status(task: str) -> dict[str, Any]:
             "path": str(found.done.path),
             "prompt": made.prompt(found.done.path.stem),
             "kept": {name: max(0.0, 1 - after) for name, (_, after) in made.missed.items()},
+            "bled": job.bled(found.done),
             "seconds": made.seconds,
+            "figures": made.figures(),
+            "notes": made.notes,
         }
     return answer
 
@@ -161,7 +167,7 @@ def _found(task: str) -> Job:
 
 def _work(wanted: Job) -> None:
     """Wait for the queue, then merge, as the tab's button does."""
-    with here().job(wanted.task):
+    with here().job(wanted.task), english():
         wanted.state = "running"
         try:
             wanted.done = job.run(wanted.task, wanted.order)

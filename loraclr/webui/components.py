@@ -21,6 +21,6 @@ def FormRow(**look: Any) -> Any:
     return here().row(**look)
 
 
-def ToolButton(sign: str, tooltip: str, **look: Any) -> Any:
-    """A small button that shows a sign."""
-    return here().tool(sign, tooltip, **look)
+def ToolButton(sign: str, **look: Any) -> Any:
+    """A small button that shows a sign; what it is for is among the page's tooltips."""
+    return here().tool(sign, **look)

@@ -70,13 +70,14 @@ def _wrong(sentence: str) -> str:
 def _line(concept: Mapping[str, Any]) -> tuple[Any, ...]:
     """A row's fields from a recipe's concept."""
     text_weight, weights = concept.get("text_weight"), concept.get("blocks") or {}
+    kind = rows.KINDS[concept.get("kind") == "style"]
     return (
         concept.get("trigger", ""),
         concept.get("weight", 1.0),
         "" if text_weight is None else f"{text_weight:g}",
-        rows.KINDS[concept.get("kind") == "style"],
+        kind,
         " ".join(f"{block}={weight:g}" for block, weight in weights.items() if weight != 1),
-        "\n".join(concept.get("prompts") or ()),
+        rows.templates(kind, "\n".join(concept.get("prompts") or ())),
     )
 
 

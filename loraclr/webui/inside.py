@@ -133,8 +133,8 @@ class Webui:
     def row(self, **look: Any) -> gr.Row:
         return FormRow(**look)
 
-    def tool(self, sign: str, tooltip: str, **look: Any) -> gr.Button:
-        return ToolButton(sign, tooltip=tooltip, **look)
+    def tool(self, sign: str, **look: Any) -> gr.Button:
+        return ToolButton(sign, **look)
 
 
 def _listed(entry: Any) -> Listed:

@@ -54,6 +54,7 @@ class Order:
         draw: whether to draw pictures to compare afterwards.
         plain: whether to leave out changes of biases and norm layers, which not every program loads.
         separate: whether to write the LoRAs' embeddings beside the file, not into it.
+        against_sum: whether to draw them by the weighted sum of the LoRAs, too.
     """
 
     rows: Sequence[Row]
@@ -65,6 +66,7 @@ class Order:
     draw: bool = True
     plain: bool = False
     separate: bool = False
+    against_sum: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,11 @@ def run(task: str, order: Order) -> Done:
     def drawing(what: str, done: float) -> None:
         here().report(retell(what), share + (1 - share) * done)
 
-    comparison = pictures.compare(host, merged, order.settings, drawing)
-    note_bled(path, _bled(merged, comparison))
-    _preview(comparison, path)
+    done = Done(merged, path, pictures.compare(host, merged, order.settings, drawing, order.against_sum))
+    note_bled(path, bled(done))
+    _preview(done.comparison, path)
     host.publish(path)
-    return Done(merged, path, comparison)
+    return done
 
 
 def check(order: Order) -> Path:
@@ -169,16 +171,16 @@ def _share_of_merge(host: Host, concepts: Sequence[Concept], order: Order) -> fl
         return 1.0
     if not methods.METHODS[order.method].needs_model:
         return 0.1
-    drawing = pictures.rows_through_unet(concepts, order.settings)
+    drawing = pictures.rows_through_unet(concepts, order.settings, order.against_sum)
     return 1 - drawing / (drawing + work(host, concepts, order.settings))
 
 
-def _bled(merged: Merge, comparison: Comparison) -> dict[str, dict[str, float]]:
-    """How much of the other LoRAs showed in the pictures of each concept, for the recipe."""
-    names = [concept.lora.name for concept in merged.concepts]
+def bled(done: Done) -> dict[str, dict[str, float]]:
+    """How much of the other LoRAs showed in the pictures of each concept that was drawn."""
+    names, shares = [concept.lora.name for concept in done.merge.concepts], done.comparison
     return {
-        name: {other: share for other, share in zip(names, shares, strict=True) if not math.isnan(share)}
-        for name, shares in zip(names, comparison.crosstalk, strict=False)
+        name: {other: share for other, share in zip(names, line, strict=True) if not math.isnan(share)}
+        for name, line in zip(names, shares.crosstalk if shares else (), strict=False)
     }
 
 

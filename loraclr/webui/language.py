@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from string import Formatter
 from typing import Any
@@ -12,10 +15,22 @@ from loraclr.webui import beside
 from loraclr.webui.sentences import CORE
 from loraclr.webui.surroundings import here
 
+_plain: ContextVar[bool] = ContextVar("_plain", default=False)
+
+
+@contextmanager
+def english() -> Iterator[None]:
+    """Inside, nothing is translated: programs are answered alike wherever they ask."""
+    before = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
+
 
 def say(sentence: str, **values: Any) -> str:
     """A sentence, translated if there is a translation, and then with the values in the place of their names."""
-    return translations().get(sentence, sentence).format(**values)
+    return ({} if _plain.get() else translations()).get(sentence, sentence).format(**values)
 
 
 def translations() -> dict[str, str]:

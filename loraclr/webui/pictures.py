@@ -1,4 +1,4 @@
-"""Pictures to compare: each concept by its own LoRA and by the merged one, and two concepts together, same noise."""
+"""Pictures to compare: concepts, and two together, by their own LoRAs, by the merged one and by the sum; same noise."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ _FIRST_SEED = 10_000  # noise that the merge has not seen
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt drawn with the same seeds in two ways: `before` by the LoRAs themselves, `after` by the merged one."""
+    """A prompt drawn with the same seeds: `before` by its own LoRAs, `after` by the merged one.
+
+    `by_sum`: by the weighted sum of all LoRAs of the merge; empty if that was not asked for.
+    """
 
     label: str
     prompt: str
     before: Sequence[Image.Image]
     after: Sequence[Image.Image]
+    by_sum: Sequence[Image.Image] = ()
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,17 @@ class Comparison:
     complete: bool = True
 
 
-def rows_through_unet(concepts: Sequence[Concept], settings: Settings) -> int:
+def rows_through_unet(concepts: Sequence[Concept], settings: Settings, against_sum: bool = False) -> int:
     """How much work `compare` is, counted as the merge counts its own."""
-    return 2 * settings.steps * 2 * _SEEDS * (len(concepts) + len(_pairs(concepts)))
+    return 2 * settings.steps * (2 + against_sum) * _SEEDS * (len(concepts) + len(_pairs(concepts)))
 
 
-def compare(host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None]) -> Comparison:
+def compare(
+    host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None], against_sum: bool = False
+) -> Comparison:
     """Draw the concepts of a merge and some pairs of them, with the steps, guidance and size of `settings`.
 
-    `tell(what, share done)` may raise Cancelled to stop it.
+    `tell(what, share done)` may raise Cancelled to stop it. With `against_sum` they are drawn by the weighted sum, too.
 
     What was finished until then, or until the graphics card ran out of memory, is returned.
     """
@@ -68,7 +74,7 @@ def compare(host: Host, merge: Merge, settings: Settings, tell: Callable[[str, f
         inside.enter_context(host.session())
         if merge.words:
             inside.enter_context(host.words(merge.words))
-        artist = _Artist(host, merge, settings, tell)
+        artist = _Artist(host, merge, settings, tell, against_sum)
         for place, concept in enumerate(merge.concepts):
             prompt = prompts.filled(concept.trigger, concept.kind, concept.prompts)[0]
             bank = Bank([prompt, ""])
@@ -85,17 +91,21 @@ def compare(host: Host, merge: Merge, settings: Settings, tell: Callable[[str, f
 class _Artist:
     """Draws with a host, and counts what is done."""
 
-    def __init__(self, host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None]) -> None:
+    def __init__(
+        self, host: Host, merge: Merge, settings: Settings, tell: Callable[[str, float], None], against_sum: bool
+    ) -> None:
         self.host, self.settings, self.tell = host, settings, tell
         self.modules: Mapping[str, nn.Module] = host.layers()
         self.asked = [concept.changes(self.modules) for concept in merge.concepts]
         self.merged: Changes = changes_of(LoRA("merged", None, merge.family, merge.layers), self.modules)
-        self.whole, self.done = 2 * (len(merge.concepts) + len(_pairs(merge.concepts))), 0
+        self.sum = methods.stacked(self.asked) if against_sum else None
+        self.whole, self.done = (2 + against_sum) * (len(merge.concepts) + len(_pairs(merge.concepts))), 0
 
     def row(self, label: str, prompt: str, places: Sequence[int], bank: Bank | None = None) -> Row:
         """One prompt, by the LoRAs at these places and by the merged one; `bank` gets what the former see."""
         changes = self.asked[places[0]] if len(places) == 1 else methods.stacked([self.asked[p] for p in places])
-        return Row(label, prompt, self._drawn(label, prompt, changes, bank), self._drawn(label, prompt, self.merged))
+        before, after = self._drawn(label, prompt, changes, bank), self._drawn(label, prompt, self.merged)
+        return Row(label, prompt, before, after, [] if self.sum is None else self._drawn(label, prompt, self.sum))
 
     def _drawn(self, label: str, prompt: str, changes: Changes, bank: Bank | None = None) -> list[Image.Image]:
         self.tell(f"Drawing {label}", self.done / self.whole)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from loraclr import report
 from loraclr.alignment import ATTENTION, FEED_FORWARD, KINDS, OTHER, TEXT, WORDS
+from loraclr.memory import CARD, PROCESS
 from loraclr.report import Gallery, Shot, Table
 from loraclr.result import Merge
 from loraclr.webui import pictures, titles
@@ -48,6 +49,7 @@ class Panel:
                 label="Prompt that uses it", lines=2, show_copy_button=True, interactive=True, elem_id="loraclr_prompt"
             )
             self.send = gr.Button("Send to txt2img", elem_id="loraclr_send", visible=here().txt2img)
+            self.pictures = gr.HTML(elem_id="loraclr_pictures")
             self.downloads = gr.File(label="Report and recipe", file_count="multiple", elem_id="loraclr_downloads")
             with gr.Accordion("Details", open=False, elem_id="loraclr_details"):
                 self.details = gr.HTML(elem_id="loraclr_figures")
@@ -60,7 +62,8 @@ class Panel:
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.use, self.made, self.subset, self.prompt, self.details, self.downloads, self.result]
+        shown = [self.use, self.made, self.subset, self.prompt, self.pictures]
+        return [*shown, self.details, self.downloads, self.result]
 
 
 def filled(done: Done) -> list[Any]:
@@ -72,6 +75,7 @@ def filled(done: Done) -> list[Any]:
         made,
         gr.update(choices=list(triggers), value=list(triggers)),
         done.merge.prompt(done.path.stem),
+        _gallery(done.comparison),
         "".join(_html(table) for table in tables(done)),
         [str(path) for path in downloads(done)],
         summary(done),
@@ -80,7 +84,7 @@ def filled(done: Done) -> list[Any]:
 
 def unfilled() -> list[Any]:
     """The panel without an earlier merge's prompt; its last part, what to say instead, is left out."""
-    return [gr.update(visible=False), *[gr.update()] * 5]
+    return [gr.update(visible=False), *[gr.update()] * 6]
 
 
 def _prompt(made: dict[str, Any], names: Sequence[str]) -> str:
@@ -109,7 +113,7 @@ def summary(done: Done) -> str:
     return f"""<div class="loraclr-note loraclr-done">
 <p>{_bold(ready, done.path.stem)}</p>
 <p class="loraclr-path">{escape(str(done.path))}</p>{note}
-<div class="loraclr-bars">{"".join(lines)}</div>{_gallery(done.comparison)}</div>"""
+<div class="loraclr-bars">{"".join(lines)}</div></div>"""
 
 
 def _bold(sentence: str, name: str) -> str:
@@ -175,13 +179,15 @@ def _gallery(comparison: Comparison | None) -> str:
         return ""
     parts = []
     for title, before, rows in _galleries(comparison):
+        ways = _ways(before, rows)
         lines = "".join(
             f'<div class="loraclr-label"><b>{escape(row.label)}</b> <small>{escape(row.prompt)}</small></div>'
-            f"<div>{_images(row.before)}</div><div>{_images(row.after)}</div>"
+            + "".join(f"<div>{_images(drawn)}</div>" for drawn in _drawn(row))
             for row in rows
         )
-        head = f"<div>{escape(before)}</div><div>{escape(say('the merged LoRA'))}</div>"
-        parts.append(f'<h4>{escape(title)}</h4><div class="loraclr-pictures">{head}{lines}</div>')
+        head = "".join(f"<div>{escape(way)}</div>" for way in ways)
+        look = f"loraclr-pictures loraclr-{len(ways)}-ways"
+        parts.append(f'<h4>{escape(title)}</h4><div class="{look}">{head}{lines}</div>')
     return "".join(parts)
 
 
@@ -191,6 +197,15 @@ def _galleries(comparison: Comparison) -> list[tuple[str, str, Sequence[pictures
         (say("Two in one picture, with the same seeds"), say("the LoRAs stacked"), comparison.scenes),
     ]
     return [part for part in every if part[2]]
+
+
+def _ways(before: str, rows: Sequence[pictures.Row]) -> list[str]:
+    """In what ways the rows were drawn, in the order of `_drawn`."""
+    return [before, say("the merged LoRA"), *([say("their weighted sum")] if rows[0].by_sum else [])]
+
+
+def _drawn(row: pictures.Row) -> list[Sequence[Image.Image]]:
+    return [row.before, row.after, *([row.by_sum] if row.by_sum else [])]
 
 
 def _images(drawn: Sequence[Image.Image]) -> str:
@@ -225,10 +240,17 @@ def tables(done: Done) -> list[Table]:
             "0 % as far off as without any LoRA."
         )
         found.append(Table(say("Layer by layer"), ("LoRA", *map(_kind, kinds)), rows, note))
+    if merge.overall:
+        found.append(_objective_table(merge))
     found.append(_ranks_table(merge))
     seconds = [(_stage(stage), f"{time:.1f} s") for stage, time in merge.seconds.items()]
     whole = (say("Altogether"), f"{sum(merge.seconds.values()):.1f} s")
     found.append(Table(say("Time taken"), (say("Stage"), say("Time")), [*seconds, whole]))
+    if merge.memory:
+        rows = [(_owner(what), f"{size / 2**30:.2f} GB") for what, size in merge.memory.items()]
+        columns = (say("Memory"), say("At most"))
+        note = say("The graphics card during this merge; the program since its start, whatever it has done.")
+        found.append(Table(say("Memory needed"), columns, rows, note))
     told = [(titles.title(name), shown(value)) for name, value in merge.recipe()["settings"].items()]
     found.append(
         Table(
@@ -238,6 +260,29 @@ def tables(done: Done) -> list[Table]:
         )
     )
     return found
+
+
+def _objective_table(merge: Merge) -> Table:
+    """What the paper minimises, and where its push acts, by kind of layer and altogether."""
+    parts = [(_kind(name), part) for name, part in merge.objective.items()]
+    rows = [
+        (name, str(part.layers), f"{part.start:.4g}", f"{part.merged:.4g}", f"{part.active:.0%}")
+        for name, part in [*parts, (say("Altogether"), merge.overall)]
+    ]
+    columns = (
+        say("Kind of layer"), say("Layers"), say("Objective before"), say("Objective after"), say("Hinge active"),
+    )  # fmt: skip
+    note = say(
+        "Equation 5 of the paper, a distance for each token, summed over the layers: before without any LoRA, after "
+        "with the merged one. Hinge active: the share of outputs that lie nearer than the margin to another concept's, "
+        "on which its negative term pushes. The method loraclr minimises the positive term only."
+    )
+    return Table(say("The paper's objective"), columns, rows, note)
+
+
+def _owner(name: str) -> str:
+    """Whose memory it is, in words."""
+    return {CARD: say("Graphics card"), PROCESS: say("Program")}.get(name, name)
 
 
 def _ranks_table(merge: Merge) -> Table:
@@ -285,12 +330,8 @@ def page(done: Done) -> str:
     galleries = [
         Gallery(
             title,
-            [
-                f"{what} · {number + 1}"
-                for what in (before, say("the merged LoRA"))
-                for number in range(len(rows[0].before))
-            ],
-            [(row.label, row.prompt, [Shot(p) for p in (*row.before, *row.after)]) for row in rows],
+            [f"{what} · {number + 1}" for what in _ways(before, rows) for number in range(len(rows[0].before))],
+            [(row.label, row.prompt, [Shot(p) for drawn in _drawn(row) for p in drawn]) for row in rows],
             say("The same seed has the same number."),
         )
         for title, before, rows in (_galleries(done.comparison) if done.comparison else [])

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from loraclr import blocks
+from loraclr import blocks, prompts
 from loraclr.keys import Family
 from loraclr.webui import card, job, labels, library
 from loraclr.webui.card import Card
@@ -23,7 +23,7 @@ from loraclr.webui.surroundings import here
 
 MOST = 32  # rows of the form: gradio 3 cannot add components to a page
 KINDS = ("Subject", "Style")
-#: What a row asks for, and its value if nothing is known.
+#: What a row asks for, and its value where there is no LoRA.
 FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
 #: Those in which numbers are written as words, which may make no sense.
 CHECKED = ("text_weight", "blocks")
@@ -57,9 +57,7 @@ class Rows:
                 info="Type to search by name, folder or trigger words.",
                 elem_id="loraclr_loras",
             )
-            self.refresh = ToolButton(
-                "\U0001f504", elem_id="loraclr_refresh", tooltip="Look into the LoRA folder again"
-            )
+            self.refresh = ToolButton("\U0001f504", elem_id="loraclr_refresh")
         with gr.Row(elem_id="loraclr_choosing"):
             self.taken = gr.Button(
                 "Take the LoRAs of my txt2img prompt", size="sm", elem_id="loraclr_take", visible=here().txt2img
@@ -149,14 +147,14 @@ class Rows:
                     show_label=False, container=False, min_width=40,
                 ),
                 "text_weight": _text(f"Text encoder weight of LoRA {number}", f"loraclr_text_weight_{number}", "same"),
-                "kind": gr.Dropdown(
+                "kind": gr.Radio(
                     KINDS, value=KINDS[0], label=f"Kind of LoRA {number}", elem_id=f"loraclr_kind_{number}",
-                    show_label=False, container=False, min_width=60,
+                    show_label=False, container=False, min_width=60, elem_classes=["loraclr-kind"],
                 ),
             }  # fmt: skip
             with gr.Row(elem_classes=["loraclr-moves"]):
                 for sign, what, move in (("↑", "up", "loraclrUp"), ("✕", "remove", "loraclrRemove")):
-                    button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}", tooltip=f"{what} this LoRA")
+                    button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}")
                     button.click(
                         fn=None, inputs=[self.chosen], outputs=[self.chosen],
                         **script(f"(chosen) => {move}(chosen, {place})"),
@@ -170,6 +168,9 @@ class Rows:
                 f"Prompts to look at of LoRA {number}", f"loraclr_prompts_{number}",
                 "prompts to look at, one a line, {} stands for the trigger; empty: the usual ones", "loraclr-extra", 2,
             )  # fmt: skip
+            made["kind"].input(
+                retold, [made["kind"], made["prompts"]], [made["prompts"]], show_progress=False, queue=False
+            )
         self.rows.append(row)
         for field, component in made.items():
             component.do_not_save_to_config = True
@@ -202,6 +203,16 @@ def refreshed(*asked: Any) -> list[Any]:
 def checked(place: int, chosen: list[str], *written: str) -> str:
     """What a row says of its LoRA while something is being written into it."""
     return _fact(_names(chosen)[place], library.loaded_family(), *written)
+
+
+def templates(kind: str, looked: str = "") -> str:
+    """The prompts to look at as a row has them: what was written, else the usual ones of this kind."""
+    return looked if looked.strip() else "\n".join(prompts.usual(kind.lower()))
+
+
+def retold(kind: str, looked: str) -> str:
+    """The prompts after a choice of kind: the usual ones follow it, others stay."""
+    return templates(kind, "" if any(lines_of(looked) == prompts.usual(k.lower()) for k in KINDS) else looked)
 
 
 def arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
@@ -251,7 +262,11 @@ def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
     chosen = [labels.name_of(label) for label in chosen]
     if len(chosen) > MOST:
         raise ValueError(
-            say("{count} LoRAs are chosen; the tab merges up to {most} at a time.", count=len(chosen), most=MOST)
+            say(
+                "{count} LoRAs are chosen; the tab merges up to {most} at a time, the API any number.",
+                count=len(chosen),
+                most=MOST,
+            )
         )
     rows = []
     for name, *values in zip(chosen, *_columns(fields), strict=False):
@@ -265,8 +280,8 @@ def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
                     name=name, weight=row["text_weight"],
                 )
             ) from error  # fmt: skip
-        looked = lines_of(row["prompts"])
-        kind, weights = row["kind"].lower(), row["blocks"] or ""
+        looked, kind, weights = lines_of(row["prompts"]), row["kind"].lower(), row["blocks"] or ""
+        looked = () if looked == prompts.usual(kind) else looked  # slower merges look at more than these
         rows.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
     return rows
 
@@ -293,7 +308,7 @@ def _guess(name: str) -> tuple[Any, ...]:
     """What a LoRA that was just chosen is filled in with."""
     trigger = card_of(name).trigger
     kind = KINDS["style" in f"{name} {trigger}".casefold()]
-    return tuple((FIELDS | {"trigger": trigger, "kind": kind}).values())
+    return tuple((FIELDS | {"trigger": trigger, "kind": kind, "prompts": templates(kind)}).values())
 
 
 def _invitation() -> str:

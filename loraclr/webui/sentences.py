@@ -12,6 +12,7 @@ CORE = (
     "Fitting words to pictures",
     "Fitting the picture layers",
     "Polishing, step {step} of {steps}",
+    "Measuring what came of it",
     "Drawing {name}",
     "The word {old} of {name} is called {new} in the merged file.",
     "{count} keys of {name} are not understood and left out ({key}).",

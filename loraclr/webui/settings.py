@@ -25,9 +25,8 @@ LIMITS = {
 }  # fmt: skip
 #: The components in the order of `Form.fields`, which is that of the arguments of `read`.
 FIELDS = (
-    "speed", "rank", "draw", "method", "closed", "neutral", "scenes", "steps", "size", "guidance", "density", "ridge",
-    "seed", "margin", "penalty", "iterations", "rate", "plain",
-    "separate", "kept",
+    "speed", "rank", "method", "draw", "against_sum", "neutral", "kept", "closed", "scenes", "steps", "size",
+    "guidance", "density", "ridge", "seed", "margin", "penalty", "iterations", "rate", "plain", "separate",
 )  # fmt: skip
 
 
@@ -52,71 +51,86 @@ class Form:
                 info="exact: the sum of the LoRAs' ranks. auto: what keeps 99.5 % of a layer. Less: a smaller file.",
                 elem_id="loraclr_rank",
             )
-            self.draw = gr.Checkbox(
-                True,
-                label="Draw pictures to compare",
-                info="After the merge, each concept by its own LoRA and by the merged one.",
-                elem_id="loraclr_draw",
+            self.method = gr.Dropdown(
+                [name for name, method in METHODS.items() if method.offered],
+                value="loraclr",
+                label="Method of merging",
+                info="loraclr is the one that this tab is for; the others merge as other tools do.",
+                elem_id="loraclr_method",
             )
+        about = gr.HTML(METHODS["loraclr"].text, elem_id="loraclr_method_about")
+        self.method.change(
+            lambda name: METHODS[name].text, [self.method], [about], show_progress=False, queue=False
+        )  # fmt: skip
+        with FormRow(elem_id="loraclr_drawing"):
+            self.draw = gr.Checkbox(True, label="Draw pictures to compare", elem_id="loraclr_draw")
+            self.against_sum = gr.Checkbox(False, label="Draw the weighted sum, too", elem_id="loraclr_against_sum")
+        self.unchanged = _unchanged()
         self.advanced = _advanced()
-        self.method = self.advanced[0]
 
     @property
     def fields(self) -> list[Any]:
-        return [self.speed, self.rank, self.draw, *self.advanced]
+        return [self.speed, self.rank, self.method, self.draw, self.against_sum, *self.unchanged, *self.advanced]
+
+
+def _unchanged() -> list[Any]:
+    """What the merged LoRA must leave as it is."""
+    with gr.Accordion("What must not change", open=False, elem_id="loraclr_unchanged"):
+        neutral = gr.Slider(
+            *LIMITS["neutral"], value=USUAL.neutral, step=0.05, label="Protection of everything else",
+            elem_id="loraclr_neutral",
+            info="How much the merged LoRA must leave prompts without any trigger word as they are.",
+        )  # fmt: skip
+        kept = gr.Textbox(
+            "\n".join(prompts.NEUTRAL), lines=4, label="Prompts to keep as they are", elem_id="loraclr_neutral_prompts",
+            info="One a line, without any trigger word: what the merged LoRA must not change.",
+        )  # fmt: skip
+    return [neutral, kept]
 
 
 def _advanced() -> list[Any]:
     """What few need to touch."""
-    offered = [name for name, method in METHODS.items() if method.offered]
     with gr.Accordion("Advanced", open=False, elem_id="loraclr_advanced"):
-        method = gr.Dropdown(offered, value="loraclr", label="Method of merging", elem_id="loraclr_method")
-        about = gr.HTML(METHODS["loraclr"].text, elem_id="loraclr_method_about")
-        method.change(lambda name: METHODS[name].text, [method], [about], show_progress=False, queue=False)
         closed = gr.Checkbox(
             USUAL.speed == "closed",
             label="Closed form only: quickest, without the polish that brings the concepts to full strength",
             elem_id="loraclr_closed",
         )
         with FormRow():
-            neutral = gr.Slider(
-                *LIMITS["neutral"], value=USUAL.neutral, step=0.05, label="Protection of everything else",
-                elem_id="loraclr_neutral",
-                info="How much the merged LoRA must leave prompts without any trigger word as they are.",
-            )  # fmt: skip
-            scenes = gr.Slider(
-                *LIMITS["scenes"], value=USUAL.scenes, step=1, label="Scenes of two to learn from",
-                elem_id="loraclr_scenes",
-                info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none.",
-            )  # fmt: skip
-        with FormRow():
             steps = gr.Slider(
                 *LIMITS["steps"], value=USUAL.steps, step=1, label="Sampling steps looked at", elem_id="loraclr_steps",
-                info="Denoising steps of each picture that the LoRAs are watched in.",
+                info="Denoising steps of each picture that the LoRAs are watched in; the paper's code has 20.",
             )  # fmt: skip
             size = gr.Slider(
                 0, 1024, value=USUAL.size or 0, step=64, label="Picture size looked at", elem_id="loraclr_size",
-                info="Width and height in pixels; 0: the checkpoint's own. Smaller needs less memory.",
+                info="Width and height in pixels; 0: the checkpoint's own. Smaller needs less memory. The paper's code "
+                "has 512.",
             )  # fmt: skip
         with FormRow():
             guidance = gr.Slider(
                 *LIMITS["guidance"], value=USUAL.guidance, step=0.5, label="CFG scale looked at",
-                elem_id="loraclr_guidance", info="Of the same pictures.",
+                elem_id="loraclr_guidance", info="Of the same pictures; the paper's code has 1, no guidance.",
             )  # fmt: skip
-            density = gr.Slider(
-                0.05, 1, value=0.5, step=0.05, label="Density", elem_id="loraclr_density",
-                info="Share of the weights that ties, dare and magnitude-prune keep; others have no use for it.",
+            scenes = gr.Slider(
+                *LIMITS["scenes"], value=USUAL.scenes, step=1, label="Scenes of two to learn from",
+                elem_id="loraclr_scenes",
+                info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none, as in the "
+                "paper.",
             )  # fmt: skip
         with FormRow():
             ridge = gr.Number(
                 USUAL.ridge, label="Ridge λ of the closed form", elem_id="loraclr_ridge",
-                info="Larger is more careful.",
+                info="Larger is more careful. The paper has no closed form.",
             )  # fmt: skip
             seed = gr.Number(
                 USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed",
                 info="The same seed and settings give the same file.",
             )  # fmt: skip
         loop = _loop()
+        density = gr.Slider(
+            0.05, 1, value=0.5, step=0.05, label="Density", elem_id="loraclr_density",
+            info="Share of the weights that ties, dare and magnitude-prune keep; others have no use for it.",
+        )  # fmt: skip
         with FormRow():
             plain = gr.Checkbox(
                 False, label="Plain file", elem_id="loraclr_plain",
@@ -126,11 +140,7 @@ def _advanced() -> list[Any]:
                 False, label="Embeddings as files of their own", elem_id="loraclr_separate",
                 info="In a folder beside the LoRA, not in it; Forge, ComfyUI and others read them only so.",
             )  # fmt: skip
-        kept = gr.Textbox(
-            "\n".join(prompts.NEUTRAL), lines=4, label="Prompts to keep as they are", elem_id="loraclr_neutral_prompts",
-            info="One a line, without any trigger word: what the merged LoRA must not change.",
-        )  # fmt: skip
-    return [method, closed, neutral, scenes, steps, size, guidance, density, ridge, seed, *loop, plain, separate, kept]
+    return [closed, scenes, steps, size, guidance, density, ridge, seed, *loop, plain, separate]
 
 
 def _loop() -> list[Any]:
@@ -159,10 +169,12 @@ def _loop() -> list[Any]:
 def read(
     speed: str,
     rank: Any,
-    draw: bool,
     method: str,
-    closed: bool,
+    draw: bool,
+    against_sum: bool,
     neutral: float,
+    kept: str,
+    closed: bool,
     scenes: float,
     steps: float,
     size: float,
@@ -176,7 +188,6 @@ def read(
     rate: float | None,
     plain: bool,
     separate: bool,
-    kept: str,
 ) -> dict[str, Any]:
     """What `job.Order` takes of the form. Raises ValueError, one sentence."""
     if ridge is None or ridge <= 0:
@@ -185,7 +196,7 @@ def read(
         raise ValueError(f"There is no method {method}.")
     lines = lines_of(kept)
     if not lines:
-        raise ValueError(say("There are no prompts to keep as they are: write one a line under Advanced."))
+        raise ValueError(say("There are no prompts to keep as they are: write one a line under What must not change."))
     loop = {"margin": margin, "penalty": penalty, "iterations": iterations, "rate": rate}
     for name, value in loop.items():
         if value is None or not LIMITS[name][0] <= value <= LIMITS[name][1]:
@@ -212,7 +223,8 @@ def read(
         **{**loop, "iterations": int(iterations)},
     )
     return {
-        "settings": settings, "method": method, "density": density, "draw": draw, "plain": plain, "separate": separate,
+        "settings": settings, "method": method, "density": density, "draw": draw, "against_sum": against_sum,
+        "plain": plain, "separate": separate,
     }  # fmt: skip
 
 
@@ -228,6 +240,7 @@ def written(method: str, told: Mapping[str, Any]) -> list[Any]:
         "draw": True,
         "plain": False,
         "separate": False,
+        "against_sum": False,
         "method": method if method in METHODS else "loraclr",
         "closed": speed == "closed",
         "size": known["size"] or 0,

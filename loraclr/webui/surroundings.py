@@ -124,7 +124,7 @@ class Surroundings(Protocol):
     def row(self, **look: Any) -> Any:
         """A row of fields, as a context."""
 
-    def tool(self, sign: str, tooltip: str, **look: Any) -> Any:
+    def tool(self, sign: str, **look: Any) -> Any:
         """A small button that shows a sign."""
 
 

@@ -103,6 +103,7 @@ def tab(webui: Webui, chromium: Any) -> Iterator[Tab]:
     yield opened
     opened.browser.close()
     assert not opened.errors
+    assert not [line for line in opened.console if "loraclr" in line.lower()]
 
 
 @pytest.fixture(scope="session")

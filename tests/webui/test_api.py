@@ -55,8 +55,19 @@ def test_merge(webui: Webui) -> None:
     assert done["state"] == "done", done
     assert done["prompt"] == f"<lora:by api:1> {CONCEPT['tiger'].trigger}, my panda"
     assert done["kept"].keys() == {"tiger", "panda"}
+    assert done["bled"] == {}, "nothing was drawn"
+    assert done["figures"]["objective"]["feed-forward"]["layers"] == 32
     assert (webui.loras / "by api.safetensors").exists()
     assert "by api" in {lora["name"] for lora in webui.ask("/sdapi/v1/loras")}
+
+
+def test_english_whatever_the_page_speaks(webui: Webui) -> None:
+    """Programs read the sentences, too."""
+    webui.ask("/sdapi/v1/options", {"localization": "de_DE"})
+    try:
+        assert "two or more" in refused(webui, "merge", {"loras": PAIR[:1]})[1]
+    finally:
+        webui.ask("/sdapi/v1/options", {"localization": "None"})
 
 
 def test_by_weights_alone(webui: Webui) -> None:

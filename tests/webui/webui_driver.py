@@ -131,7 +131,8 @@ class Tab:
         browser: with cookies and storage of its own, as another person's would have.
         page: the page of it that is looked at.
         errors: exceptions of the pages' scripts so far.
-        console: errors in the console, but for names on the net, which the browser here cannot reach.
+        console: errors in the console and where they are from, but for names on the net, which the browser here cannot
+            reach.
     """
 
     def __init__(self, webui: Webui, chromium: Any, theme: str = "light", width: int = 1280, height: int = 900) -> None:
@@ -153,7 +154,7 @@ class Tab:
 
     def _note(self, message: Any) -> None:
         if message.type == "error" and "ERR_NAME_NOT_RESOLVED" not in message.text:
-            self.console.append(message.text)
+            self.console.append(f"{message.text} ({message.location['url']})")
 
     def open(self) -> None:
         """Click the tab."""
@@ -189,8 +190,17 @@ class Tab:
         self.page.locator("#loraclr_name input").fill(name)
         self.page.locator("#loraclr_replace input").set_checked(replace)
 
-    def hurry(self, closed: bool = True) -> None:
-        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages."""
+    def hurry(self, closed: bool = True, method: str = "") -> None:
+        """Settings for a merge of seconds, where its quality does not matter; in closed form only, or all stages.
+
+        method: another one than loraclr, where the test is not about that.
+        """
+        if method:
+            self.page.locator("#loraclr_method input").click()
+            self.page.locator(f'#loraclr_method ul.options li[aria-label="{method}"]').click()
+        self.page.locator("#loraclr_unchanged > .label-wrap").click()
+        self.page.locator("#loraclr_neutral_prompts textarea").fill("a cat\na house")
+        self.page.locator("#loraclr_unchanged > .label-wrap").click()
         self.page.locator("#loraclr_advanced > .label-wrap").click()
         self.page.locator("#loraclr_closed input").set_checked(closed)
         for setting, value in (("steps", "2"), ("size", "64")):

@@ -145,6 +145,6 @@ class Alone:
     def row(self, **look: Any) -> gr.Row:
         return gr.Row(**look)
 
-    def tool(self, sign: str, tooltip: str, **look: Any) -> gr.Button:
+    def tool(self, sign: str, **look: Any) -> gr.Button:
         classes = [*look.pop("elem_classes", []), "loraclr-tool"]
         return gr.Button(sign, size="sm", min_width=20, scale=0, elem_classes=classes, **look)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from alone_driver import Alone, Page
+from safetensors import safe_open
 
 from loraclr import files
 
@@ -22,7 +23,8 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     tab.hurry()
     tab.choose(TIGER, PANDA)
     assert tab.trigger(1).input_value() == "sks", "prefilled from the LoRA's own metadata"
-    tab.trigger(2).fill("my panda")
+    tab.trigger(2).fill("my bear")
+    tab.page.locator("#loraclr_against_sum input").check()
     tab.name("zoo")
     tab.settle()
     assert tab.said("note").inner_text().startswith("zoo.safetensors, about ")
@@ -32,9 +34,17 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     assert tab.page.locator("#loraclr_interrupt").is_visible()
     assert "zoo is ready" in tab.finish()
     assert bar.count() == 0
-    assert tab.prompt == "<lora:zoo:1> sks, my panda"
+    assert tab.prompt == "<lora:zoo:1> sks, my bear"
     assert {"zoo.safetensors", "zoo.json", "zoo.preview.png"} <= alone.files()
-    assert tab.said("result").locator(".loraclr-pictures img").count() == 2 * 2 * (2 + 1)
+    with safe_open(alone.loras / "zoo.safetensors", framework="pt") as file:
+        concepts = json.loads(file.metadata()["loraclr.recipe"])["concepts"]
+    assert [concept["prompts"] for concept in concepts] == [[], []], "the usual ones"
+    assert tab.said("result").locator(".loraclr-share").count() == 4, "kept and bled, for each concept"
+    assert tab.said("pictures").locator(".loraclr-pictures img").count() == 2 * 3 * (2 + 1)
+    tab.page.locator("#loraclr_details > .label-wrap").click()
+    figures = tab.said("figures").inner_text()
+    for title in ("Effect kept", "Bled in", "Layer by layer", "Hinge active", "Ranks", "Time taken", "Memory needed"):
+        assert title in figures
     links = [link.get_attribute("href") for link in tab.page.locator("#loraclr_downloads a").all()]
     assert any("Effect kept" in tab.page.request.get(link).text() for link in links)
     tab.page.screenshot(path=shots / f"alone_{alone.port}.png", full_page=True)
@@ -62,6 +72,36 @@ def test_a_rank_for_each_layer(alone: Alone, tab: Page) -> None:
     for rank, _, share in shown:
         least = min(kept[name] for name in ranks if ranks[name] == int(rank))
         assert float(share.rstrip("%")) == pytest.approx(100 * least, abs=0.06) and least >= 0.995
+
+
+def test_a_row(tab: Page) -> None:
+    """Its usual prompts are there to be edited and follow the kind, until they are; controls say what they are for."""
+    tab.page.locator("#loraclr_more input").check()
+    tab.choose(TIGER)
+    prompts = tab.page.locator("#loraclr_prompts_1 textarea")
+
+    def choose_kind(kind: str) -> None:
+        tab.page.locator("#loraclr_kind_1").get_by_text(kind, exact=True).click()
+        tab.settle()
+
+    def begin(first: str) -> None:
+        tab.page.wait_for_function(
+            "first => document.querySelector('#loraclr_prompts_1 textarea').value.split('\\n')[0] == first", arg=first
+        )
+
+    begin("a photo of a {}")
+    choose_kind("Style")
+    begin("a photo of a car in {}")
+    prompts.fill("my {}")
+    choose_kind("Subject")
+    assert prompts.input_value() == "my {}"
+    for part, tip in {
+        "refresh": "folder again",
+        "up_1": "up",
+        "trigger_1": "words that call",
+        "merge": "one file",
+    }.items():
+        assert tip in tab.page.locator(f"#loraclr_{part}").get_attribute("title")
 
 
 def test_what_a_webui_has_is_not_there(tab: Page) -> None:
@@ -117,7 +157,7 @@ def test_a_lost_answer(alone: Alone, tab: Page) -> None:
             route.continue_()
 
     tab.page.route("**/run/predict", lose)
-    tab.hurry()
+    tab.hurry(method="sum")
     tab.choose(TIGER, PANDA)
     tab.name("lost")
     tab.start()
@@ -130,34 +170,35 @@ def test_a_lost_answer(alone: Alone, tab: Page) -> None:
 
 def test_an_earlier_merge(alone: Alone, tab: Page) -> None:
     """Its settings come back; a LoRA that is gone since is named."""
-    tab.hurry()
-    tab.choose(TIGER, PANDA)
+    guest = alone.loras / "guest.safetensors"
+    guest.write_bytes((alone.loras / f"{PANDA}.safetensors").read_bytes())
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+    tab.hurry(method="sum")
+    tab.choose(TIGER, guest.stem)
     tab.page.locator("#loraclr_draw input").uncheck()
     tab.name("kept")
     tab.start()
     tab.finish()
     tab.page.locator("#loraclr_remove_1").click()
     tab.settle()
-    panda = alone.loras / f"{PANDA}.safetensors"
-    away = panda.rename(panda.with_suffix(".away"))
-    try:
-        tab.page.locator("#loraclr_refresh").click()
-        tab.settle()
-        tab.page.reload()
-        tab.open()
-        tab.page.locator("#loraclr_history > .label-wrap").click()
-        tab.page.locator("#loraclr_load").click()
-        about = tab.said("merged_about")
-        about.get_by_text("Choose one of the merged LoRAs first.").wait_for()
-        tab.page.locator("#loraclr_merged input").click()
-        tab.page.locator('#loraclr_merged ul.options li[aria-label="kept"]').click()
-        tab.settle()
-        tab.page.locator("#loraclr_load").click()
-        about.get_by_text(f"No longer in the LoRA folder: {PANDA}.safetensors.").wait_for()
-        tab.settle()
-        assert tab.names() == [TIGER]
-    finally:
-        away.rename(panda)
+    guest.unlink()
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+    tab.page.reload()
+    tab.open()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    tab.page.locator("#loraclr_load").click()
+    about = tab.said("merged_about")
+    about.get_by_text("Choose one of the merged LoRAs first.").wait_for()
+    tab.page.locator("#loraclr_merged input").click()
+    tab.page.locator('#loraclr_merged ul.options li[aria-label="kept"]').click()
+    tab.settle()
+    tab.page.locator("#loraclr_load").click()
+    about.get_by_text("No longer in the LoRA folder: guest.safetensors.").wait_for()
+    tab.settle()
+    assert tab.names() == [TIGER]
+    assert tab.page.locator("#loraclr_method input").input_value() == "sum"
 
 
 def test_mistakes(alone: Alone, tab: Page) -> None:
@@ -172,7 +213,7 @@ def test_mistakes(alone: Alone, tab: Page) -> None:
 
 def test_keyboard_only(alone: Alone, tab: Page) -> None:
     """Nothing needs a mouse: choosing, naming, merging."""
-    tab.hurry()
+    tab.hurry(method="sum")
     tab.expect()
     keyboard = tab.page.keyboard
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import time
 import urllib.error
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +14,7 @@ from alone_driver import REPOSITORY, USER, Alone
 from safetensors.torch import load_file, save_file
 
 from loraclr import files
+from loraclr.__main__ import main
 
 BASE = "/loraclr/v1"
 
@@ -61,27 +61,39 @@ def test_only_this_machine_and_only_pictures(alone: Alone) -> None:
         assert refused(alone, f"/sd_extra_networks/thumb?filename={quote(str(path))}") == 404
 
 
-def command(alone: Alone, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m loraclr merge --server` with these."""
-    line = [sys.executable, "-m", "loraclr", "merge", "--server", alone.address, *arguments]
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_the_command_line_merges_by_it(alone: Alone) -> None:
+def test_the_command_line_merges_by_it(alone: Alone, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the password, by name; and refuses without it."""
-    pair = ["--lora", "tiger", "--lora", "panda", "--trigger", "my panda", "--name", "by server"]
-    quick = ["--speed", "closed", "--scenes", "0"]
-    without = command(alone, *pair)
-    assert (without.returncode, without.stderr.count("\n")) == (2, 1)
-    assert "give --api-auth USER:PASS" in without.stderr
-    done = command(alone, *pair, *quick, "--api-auth", USER)
-    assert done.returncode == 0, done.stderr
-    assert "Prompt: <lora:by server:1> sks, my panda" in done.stdout
-    assert "%" in done.stderr
+    line = ["merge", "--server", alone.address, "--lora", "tiger", "--lora", "panda", "--trigger", "my bear"]
+    line += ["--name", "by server", "--method", "sum"]
+    assert main(line) == 2
+    said = capsys.readouterr().err
+    assert "give --api-auth USER:PASS" in said
+    assert said.count("\n") == 1
+    assert main([*line, "--api-auth", USER]) == 0
+    out, progress = capsys.readouterr()
+    assert "Prompt: <lora:by server:1> sks, my bear" in out
+    assert "%" in progress
     assert "by server.safetensors" in alone.files()
-    again = command(alone, *pair, "--api-auth", USER)
-    assert again.returncode == 2
-    assert "by server.safetensors exists already" in again.stderr
+    assert main([*line, "--api-auth", USER]) == 2
+    assert "by server.safetensors exists already" in capsys.readouterr().err
+
+
+def test_a_job_tells_its_figures(alone: Alone) -> None:
+    """What the tab has under Details, as JSON."""
+    loras = [{"name": name, "prompts": ["a {}"]} for name in ("tiger", "panda")]
+    settings = {"speed": "closed", "steps": 2, "size": 64, "neutral_prompts": ["a cat"], "rank": 4}
+    job = quote(alone.ask(f"{BASE}/merge", {"loras": loras, "name": "figures", "settings": settings})["job"])
+    while (done := alone.ask(f"{BASE}/jobs/{job}"))["state"] in ("queued", "running"):
+        time.sleep(0.2)
+    assert done["state"] == "done", done
+    assert done["kept"].keys() == done["bled"].keys() == {"tiger", "panda"}
+    figures = done["figures"]
+    assert figures["alignment"]["tiger"].keys() == figures["objective"].keys()
+    for part in figures["objective"].values():
+        assert part["merged"] < part["start"]
+        assert 0 <= part["active"] <= 1
+    assert len(figures["rank_kept"]) == sum(part["layers"] for part in figures["objective"].values())
+    assert figures["peak_bytes"]["process"] > 2**28
 
 
 def test_a_plain_file_with_its_embeddings_beside_it(alone: Alone) -> None:
@@ -90,10 +102,10 @@ def test_a_plain_file_with_its_embeddings_beside_it(alone: Alone) -> None:
     ones = torch.ones(32)
     tensors = load_file(alone.loras / "panda.safetensors") | {f"{norm}.w_norm": ones, f"{norm}.b_norm": ones.clone()}
     save_file(tensors | {"bundle_emb.zyk.x": torch.ones(1, 768)}, alone.loras / "pivotal.safetensors")
-    how = ["--method", "sum", "--api-auth", USER, "--lora", "tiger", "--lora", "pivotal", "--trigger", "zyk", "--name"]
+    line = ["merge", "--server", alone.address, "--api-auth", USER, "--method", "sum", "--lora", "tiger"]
+    line += ["--lora", "pivotal", "--trigger", "zyk", "--name"]
     for name, more in (("all", []), ("less", ["--plain", "--separate-embeddings"])):
-        done = command(alone, *how, name, *more)
-        assert done.returncode == 0, done.stderr
+        assert main([*line, name, *more]) == 0
     whole, plain = (files.load(alone.loras / f"{name}.safetensors") for name in ("all", "less"))
     assert whole.layers.keys() - plain.layers.keys() == {norm} and plain.layers.keys() <= whole.layers.keys()
     assert whole.embeddings.keys() == {"zyk"} and not plain.embeddings
