@@ -18,7 +18,7 @@ def summary(merge: Merge, output: Path) -> str:
     many = f"{len(merge.concepts)} LoRA{'s' if len(merge.concepts) > 1 else ''}"
     lines = [f"Wrote {output}: {many}, {merge.ranks}, {size}, in {clock(sum(merge.seconds.values()))}."]
     for name, (_, missed) in merge.missed.items():
-        lines.append(f"  {name}: {1 - missed:.0%} of its effect kept".replace("%", " %"))
+        lines.append(f"  {name}: {max(0.0, 1 - missed):.0%} of its effect kept".replace("%", " %"))
     if merge.kept:
         worst = min(merge.kept, key=merge.kept.get)
         mean, least = 100 * sum(merge.kept.values()) / len(merge.kept), 100 * merge.kept[worst]
