@@ -146,7 +146,9 @@ def begun(concepts: Sequence[Concept], settings: Any, folded: bool = False) -> M
             result.notes.append(f"The word {old} of {concept.lora.name} is called {new} in the merged file.")
         if unused := concept.lora.unused:
             count, shown = len(unused), ", ".join(unused[:NAMED]) + (", …" if len(unused) > NAMED else "")
-            result.notes.append(f"{count} keys of {concept.lora.name} are not understood and left out ({shown}).")
+            result.notes.append(
+                f"Keys of {concept.lora.name} that are not understood are left out, {count} in all ({shown})."
+            )
         if concept.lora.layer_embeddings:
             words = ", ".join(concept.lora.layer_embeddings)
             result.notes.append(

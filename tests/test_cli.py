@@ -369,7 +369,7 @@ class TestByWeightsAlone:
         told = capsys.readouterr().out
         assert "diffusers does not load this file" in told and "--plain on the command line, leaves these" in told
         keys = [f"odd.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
-        assert f"3 keys of c are not understood and left out ({', '.join(keys)})." in told
+        assert f"Keys of c that are not understood are left out, 3 in all ({', '.join(keys)})." in told
         recipe = json.loads(files.load(here / "with.safetensors").metadata["loraclr.recipe"])
         assert [concept["unused"] for concept in recipe["concepts"]] == [keys]
         assert main([*how, "without.safetensors", "--plain"]) == 0

@@ -194,6 +194,22 @@ def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
     assert [polish_steps("closed", count) for count in (2, 12)] == [0, 0]
 
 
+def test_a_polish_that_leads_away_changes_nothing(monkeypatch) -> None:
+    host = ToyHost()
+    concepts = [Concept(toy_lora(host, name, seed), name) for name, seed in (("sks", 1), ("zyk", 2))]
+    settings = Settings(steps=4, scenes=0)
+    closed = merge(host, concepts, replace(settings, speed="closed"))
+
+    def away(_host, _modules, merged, *_):
+        return {name: (3 * up, down) for name, (up, down) in merged.items()}
+
+    monkeypatch.setattr("loraclr.merging.polish", away)
+    result = merge(host, concepts, settings)
+    assert result.missed == closed.missed
+    for name, layer in result.layers.items():
+        torch.testing.assert_close(layer.delta(), closed.layers[name].delta(), rtol=1e-4, atol=1e-6)
+
+
 def test_polish_lowers_what_is_missed_and_the_model_stays_bit_identical() -> None:
     host = ToyHost()
     before = weights(host)

@@ -15,7 +15,7 @@ CORE = (
     "Measuring what came of it",
     "Drawing {name}",
     "The word {old} of {name} is called {new} in the merged file.",
-    "{count} keys of {name} are not understood and left out ({key}).",
+    "Keys of {name} that are not understood are left out, {count} in all ({key}).",
     "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
     'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
     'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
