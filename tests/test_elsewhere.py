@@ -125,6 +125,17 @@ def as_comfyui_has_it(family: str) -> tuple[SimpleNamespace, SimpleNamespace]:
     return unet, SimpleNamespace(state_dict=lambda: dict.fromkeys(texts))
 
 
+def changes_of_all(there: dict[str, tuple[int, ...]]) -> dict[str, Layer | Norm]:
+    """A change of each layer, one with a bias, and of norm layers but the text encoders', which hosts pass over."""
+    layers: dict[str, Layer | Norm] = {}
+    for number, (name, shape) in enumerate(there.items()):
+        if len(shape) > 1:
+            layers[name] = random_layer(shape, 2 + number % 3, bias=name == "lora_unet_conv_in")
+        elif not is_text(name):
+            layers[name] = Norm(torch.randn(shape), bias=torch.randn(shape))
+    return layers
+
+
 @pytest.mark.parametrize("checkout", ["COMFYUI_DIR"], indirect=True)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_loads_every_key(checkout, tmp_path, family, caplog) -> None:
@@ -132,12 +143,7 @@ def test_comfyui_loads_every_key(checkout, tmp_path, family, caplog) -> None:
     comfy = importlib.import_module("comfy.lora")
     torch.manual_seed(0)
     there = shapes(family)
-    layers: dict[str, Layer | Norm] = {}
-    for number, (name, shape) in enumerate(there.items()):
-        if len(shape) > 1:
-            layers[name] = random_layer(shape, 2 + number % 3, bias=name == "lora_unet_conv_in")
-        elif not is_text(name):  # it does not know these norm layers
-            layers[name] = Norm(torch.randn(shape), bias=torch.randn(shape))
+    layers = changes_of_all(there)
     file = load_file(written(tmp_path, family, layers))
     unet, texts = as_comfyui_has_it(family)
     known = comfy.model_lora_keys_clip(texts, comfy.model_lora_keys_unet(unet, {}))
@@ -198,12 +204,7 @@ def as_forge_has_it(family: str) -> tuple[Patched, Patched]:
 def test_forge_lists_the_file_and_loads_every_key(forge, tmp_path, family, capsys) -> None:
     torch.manual_seed(0)
     there = shapes(family)
-    layers: dict[str, Layer | Norm] = {}
-    for number, (name, shape) in enumerate(there.items()):
-        if len(shape) > 1:
-            layers[name] = random_layer(shape, 2 + number % 3, bias=name == "lora_unet_conv_in")
-        elif not is_text(name):  # it does not know these norm layers
-            layers[name] = Norm(torch.randn(shape), bias=torch.randn(shape))
+    layers = changes_of_all(there)
     path = written(tmp_path, family, layers)
     forge.networks.list_available_networks()
     listed = forge.networks.available_networks["merged"]
