@@ -108,7 +108,7 @@ def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi
         with english():
             try:
                 asked = _checked(order)
-            except ValueError:  # its LoRA may be newer than the list of them
+            except library.Gone:  # it may be newer than the list of them
                 library.refresh()
                 asked = _checked(order)
     except ValueError as error:

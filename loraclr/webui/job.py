@@ -52,9 +52,9 @@ class Order:
         name: of the result; "" for one that is made up.
         density: share of the weights that the methods which drop some keep.
         draw: whether to draw pictures to compare afterwards.
+        against_sum: whether to draw these by the weighted sum of the LoRAs, too.
         plain: whether to leave out changes of biases and norm layers, which not every program loads.
         separate: whether to write the LoRAs' embeddings beside the file, not into it.
-        against_sum: whether to draw them by the weighted sum of the LoRAs, too.
     """
 
     rows: Sequence[Row]
@@ -64,9 +64,9 @@ class Order:
     settings: Settings = field(default_factory=Settings)
     density: float = 0.5
     draw: bool = True
+    against_sum: bool = False
     plain: bool = False
     separate: bool = False
-    against_sum: bool = False
 
 
 @dataclass(frozen=True)

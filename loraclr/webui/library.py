@@ -54,19 +54,21 @@ def labelled(chosen: Sequence[str]) -> list[str]:
     return now
 
 
+class Gone(ValueError):
+    """A LoRA that is not in the folder, as far as the list of it knows."""
+
+
 def refresh() -> None:
     """Look into the LoRA folder again."""
     here().refresh()
 
 
 def path_of(name: str) -> Path:
-    """The file of a LoRA. Raises ValueError if it is gone."""
+    """The file of a LoRA. Raises Gone if there is none."""
     entry = here().found(name)
     path = entry.path if entry is not None else next((p for p in _unlisted() if p.name == name), None)
     if path is None or not path.is_file():
-        raise ValueError(
-            say("{name} is no longer in the LoRA folder; press the refresh button and choose again.", name=name)
-        )
+        raise Gone(say("{name} is no longer in the LoRA folder; press the refresh button and choose again.", name=name))
     return path
 
 
