@@ -98,6 +98,7 @@ class Merge:
             },
             "alignment": self.alignment,
             "objective": {name: asdict(part) for name, part in self.objective.items()},
+            "objective_overall": asdict(self.overall) if self.overall else {},
             "rank_kept": self.kept,
             "seconds": self.seconds,
             "peak_bytes": self.memory,

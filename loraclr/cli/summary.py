@@ -31,13 +31,12 @@ def summary(merge: Merge, output: Path) -> str:
 
 def measured(figures: Mapping[str, Any]) -> list[str]:
     """The objective and the memory of `loraclr.result.Merge.figures`, also as an API has sent them."""
-    lines, parts = [], list(figures.get("objective", {}).values())
-    if layers := sum(part["layers"] for part in parts):
-        start, merged = (sum(part[name] for part in parts) for name in ("start", "merged"))
-        active = sum(part["active"] * part["layers"] for part in parts) / layers
+    lines = []
+    if whole := figures.get("objective_overall"):
         lines.append(
-            f"  The paper's objective over {layers} layers: {start:.3g} without a LoRA, {merged:.3g} with the merged "
-            f"one; its negative term acts on {100 * active:.0f} % of the outputs."
+            f"  The paper's objective over {whole['layers']} layers: {whole['start']:.3g} without a LoRA, "
+            f"{whole['merged']:.3g} with the merged one; its negative term acts on {100 * whole['active']:.0f} % of the "
+            "outputs."
         )
     if memory := figures.get("peak_bytes"):
         peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in memory.items())
