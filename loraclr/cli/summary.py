@@ -35,8 +35,8 @@ def measured(figures: Mapping[str, Any]) -> list[str]:
     if whole := figures.get("objective_overall"):
         lines.append(
             f"  The paper's objective over {whole['layers']} layers: {whole['start']:.3g} without a LoRA, "
-            f"{whole['merged']:.3g} with the merged one; its negative term acts on {100 * whole['active']:.0f} % of the "
-            "outputs."
+            f"{whole['merged']:.3g} with the merged one; "
+            f"its negative term acts on {100 * whole['active']:.0f} % of the outputs."
         )
     if memory := figures.get("peak_bytes"):
         peaks = ", ".join(f"{what} {size / 2**30:.1f} GB" for what, size in memory.items())
