@@ -77,7 +77,10 @@ class Unmatched(logging.Handler):
 def put_in(names: list[str]) -> None:
     """These LoRAs of the webui's own in all of its layers."""
     load(names)
-    for module in shared.sd_model.network_layer_mapping.values():
+    modules = shared.sd_model.network_layer_mapping.values()
+    # An attention's last layer is never called: what it multiplies by is given to the attention.
+    inside = {module.out_proj for module in modules if isinstance(module, nn.MultiheadAttention)}
+    for module in set(modules) - inside:
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)):
             networks.network_apply_weights(module)
 

@@ -81,6 +81,7 @@ def write(folder: Path) -> dict[str, list[str]]:
     for name, (algorithm, options, names) in AGREE.items():
         add(name, names, by(algorithm, options))
     plain, glora = by("LoRA", {}), by("GLoRA", {"alpha": 3.0})
+    add("every layer", [k for k, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)], plain)
     add("without alpha", ALL, lambda layer: renamed(plain(layer), {"alpha": ""}))
     peft = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight", "alpha": ""}
     add("lora_A and lora_B", ALL, lambda layer: renamed(plain(layer), peft))
