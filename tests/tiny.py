@@ -47,6 +47,15 @@ _UNETS = {
 def pipeline(family: Family, folder: Path, target: str = "epsilon"):
     """A pipeline with random weights; the tokenizer is written to `folder`."""
     torch.manual_seed(0)
+    made = _made(family, folder, target)
+    for encoder in (made.text_encoder, getattr(made, "text_encoder_2", None)):
+        for name, parameter in encoder.named_parameters() if encoder else ():
+            if name.endswith("final_layer_norm.bias"):  # the webui divides by the mean of what comes out
+                nn.init.normal_(parameter, 0.05, 0.1)
+    return made
+
+
+def _made(family: Family, folder: Path, target: str):
     tokenizer = CLIPTokenizer.from_pretrained(str(checkpoint.tokenizer_folder(folder)))
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
