@@ -103,8 +103,10 @@ def layered(modules: Mapping[str, nn.Module], texts: Texts) -> Iterator[None]:
     def reading(own: Tensor) -> Callable:
         def before(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             (x,) = args
-            near = torch.cdist(x.detach().float().flatten(1), texts.usual.flatten(1).to(x.device)).argmin(1)
-            return (own.to(x)[near],)
+            # A host may have padded what it read together further than what it draws together.
+            read, layer = (each[:, : x.shape[1]].to(x.device) for each in (texts.usual, own))
+            near = torch.cdist(x.detach().float().flatten(1), read.flatten(1)).argmin(1)
+            return (layer.to(x)[near],)
 
         return before
 

@@ -216,11 +216,13 @@ class _Run:
             *(concept.changes(live) for concept in concepts),
             {},
         ]
+        self.plan = _plan(concepts, settings)
         self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
         for place, lora in enumerate(concept.lora for concept in concepts):
             if lora.layer_embeddings:
                 own, texts = self.asked[place], self.texts[place]
-                self.trained[place] = own, folding.read(host, live, lora, own, [*texts, ""])
+                drawn = [*texts, *scenes.asked_of(place, self.plan), ""]
+                self.trained[place] = own, folding.read(host, live, lora, own, drawn)
                 self.asked[place] = folding.folded(host, live, lora, own, texts)
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
@@ -238,7 +240,6 @@ class _Run:
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
-        self.plan = _plan(concepts, settings)
         drawn, self.whole = _work(self.texts, len(self.plan), settings, self.rows, len(self.passes))
         self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
@@ -312,7 +313,7 @@ class _Run:
             part, seed = self.plan[begin : begin + settings.batch], settings.seed + 1000 + begin
             self.tick(stage := "Looking at two in one picture")
             bank, _ = scenes.draw(
-                host, self.modules, self.asked, part, seed, settings.steps, settings.guidance, self.size,
+                host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
                 lambda rows: self.tick(stage, rows),
             )  # fmt: skip
             self.joint.append(bank)

@@ -8,13 +8,14 @@ predicted on the way, for the prompt that names both concepts, is one more teach
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loraclr.capture import Bank, Changes, applied
+from loraclr.capture import Bank
 from loraclr.hosts import Host
 from loraclr.prompts import PAIR, STAND_INS
 
@@ -53,11 +54,18 @@ def plan(triggers: Sequence[str | None], count: int) -> list[Scene]:
     return scenes
 
 
+def asked_of(concept: int, scenes: Sequence[Scene]) -> list[str]:
+    """The prompts that a concept's own LoRA draws its halves of the scenes by."""
+    sides = (
+        (side, half) for scene in scenes for side, half in zip((scene.left, scene.right), scene.halves, strict=True)
+    )
+    return [half for side, half in sides if side == concept]
+
+
 @torch.no_grad()
 def draw(
     host: Host,
-    modules: Mapping[str, nn.Module],
-    asked: Sequence[Changes],
+    acting: Callable[[int], AbstractContextManager],
     scenes: Sequence[Scene],
     seed: int,
     steps: int,
@@ -67,6 +75,8 @@ def draw(
 ) -> tuple[Bank, Tensor]:
     """Sample the scenes with DDIM (Song et al. 2020, η = 0), every half predicted by its own LoRA.
 
+    Args:
+        acting: gives a context in which one concept's LoRA acts.
     Returns:
         The predictions on the way, put together, for each scene's prompt and for the empty one; and the latents
         (B, 4, h, w) that come out.
@@ -81,7 +91,7 @@ def draw(
         mine.setdefault(scene.right, []).append((number, 1))
     contexts = {}
     for concept, jobs in mine.items():
-        with applied(modules, asked[concept]):
+        with acting(concept):
             contexts[concept] = host.encode([*(scenes[number].halves[half] for number, half in jobs), ""])
     alphas = host.alphas.to(x)
     # Spaced as the pictures of one concept are: from the noisiest step, errors of guidance come out 15 times as large.
@@ -91,7 +101,7 @@ def draw(
         for concept, jobs in mine.items():
             rows = x[[number for number, _ in jobs]]
             both = contexts[concept][[*range(len(jobs)), *[len(jobs)] * len(jobs)]]
-            with applied(modules, asked[concept]):
+            with acting(concept):
                 predicted = host.predict(torch.cat([rows, rows]), torch.full((2 * len(jobs),), t).to(x), both).to(x)
             for row, (number, half) in enumerate(jobs):
                 region = slice(0, side // 2) if half == 0 else slice(side // 2, side)

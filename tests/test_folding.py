@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from test_words import CLOSED, WORD, embedded
-from toy import ToyHost
+from toy import ToyHost, toy_lora
 
 from loraclr import files, folding
-from loraclr.capture import applied, is_cross_kv
+from loraclr.capture import Bank, applied, is_cross_kv
 from loraclr.changes import changes_of, is_text
 from loraclr.concept import Concept
 from loraclr.hosts import Context
-from loraclr.merging import merge
+from loraclr.merging import Settings, _Run, by_closed_form, merge
 from loraclr.prompts import filled
 
 #: In none of the prompts that are folded on.
@@ -102,6 +102,51 @@ def test_inside_every_layer_reads_its_own_text(host) -> None:
     same = folding.Texts(usual, dict.fromkeys(folding.cross_layers(), usual))
     with folding.layered(layers, same):
         torch.testing.assert_close(host.predict(x, t, Context(usual[[0, 2]])), after)
+
+
+@torch.no_grad()
+def test_what_was_read_longer_than_it_is_drawn_is_found(host) -> None:
+    """The webui pads all prompts of one call to its longest."""
+    layers, usual = host.layers(), host.encode(["a cat", "a dog"]).tokens
+    x, t = torch.zeros(2, 4, 16, 16), torch.tensor([500, 500])
+    longer = torch.cat([usual, torch.ones_like(usual)], 1)
+    texts = folding.Texts(longer, dict.fromkeys(folding.cross_layers(), longer.flip(0)))
+    with folding.layered(layers, texts):
+        found = host.predict(x, t, Context(usual))
+    torch.testing.assert_close(found, host.predict(x, t, Context(usual.flip(0))))
+
+
+@torch.no_grad()
+def test_what_a_merge_learns_from_is_drawn_with_each_layers_embedding() -> None:
+    """Its own pictures and its half of scenes. The toy has one cross-attention layer, so one text is all it reads."""
+    host = ToyHost()
+    lora = embedded(host)
+    concepts = [Concept(lora, WORD), Concept(toy_lora(host, "two", 2), "zyk")]
+    run = _Run(host, concepts, Settings(steps=2), lambda *_: None, by_closed_form)
+    with host.words(lora.words):
+        run.look(0, ())
+        run.compose()
+    (middle,) = {name for name in host.layers() if name.endswith("attn2_to_k")}
+    place = folding.cross_layers().index(middle.removesuffix("_to_k"))
+    own = {WORD: {"clip_l": lora.layer_embeddings[WORD][place : place + 1]}}
+    changes = changes_of(lora, host.layers())
+
+    def away(bank: Bank, entry: int, text: str, words: dict, region: slice) -> float:
+        with host.words(words), applied(host.layers(), changes):
+            wanted = host.predict(bank.x[entry][None], bank.t[entry][None], host.encode([text]))
+        return float((bank.prediction[entry] - wanted[0])[..., region].abs().max())
+
+    (pictures,), (joint,) = run.banks, run.joint
+    seen = [(pictures, entry, pictures.prompts[n], slice(None)) for entry, n in enumerate(pictures.prompt)]
+    for entry, number in enumerate(joint.prompt):
+        if number < len(run.plan):
+            scene, left = run.plan[number], run.plan[number].left == 0
+            region = slice(0, joint.x[entry].shape[-1] // 2) if left else slice(joint.x[entry].shape[-1] // 2, None)
+            seen.append((joint, entry, scene.halves[not left], region))
+    assert len(seen) > len(pictures) + 4
+    assert max(away(bank, entry, text, own, region) for bank, entry, text, region in seen) < 1e-5
+    with_word = [row for row in seen if WORD in row[2]]
+    assert min(away(bank, entry, text, lora.words, region) for bank, entry, text, region in with_word) > 1e-3
 
 
 def test_a_merge_misses_less_of_what_the_sixteen_embeddings_do(monkeypatch) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from toy import ToyHost, toy_lora
 
 from loraclr import scenes
-from loraclr.capture import applied, changes_of
+from loraclr.capture import Changes, applied, changes_of
 from loraclr.hosts import Context
+
+
+def acting(host: ToyHost, asked: list[Changes]) -> Callable:
+    return lambda place: applied(host.layers(), asked[place])
 
 
 def test_all_ordered_pairs_come_up_and_styles_do_not() -> None:
@@ -35,7 +41,7 @@ def test_each_half_is_predicted_by_its_own_lora() -> None:
     host = ToyHost()
     asked = [changes_of(toy_lora(host, name, seed), host.layers()) for seed, name in enumerate(("a", "b"), start=1)]
     plan, told = scenes.plan(["sks", "zyk"], 3), []
-    bank, latents = scenes.draw(host, host.layers(), asked, plan, 5, 4, 3.0, 64, told.append)
+    bank, latents = scenes.draw(host, acting(host, asked), plan, 5, 4, 3.0, 64, told.append)
     assert latents.shape == (3, 4, 8, 8) and latents.isfinite().all()
     assert len(bank) == 2 * 3 * 4 and sum(told) == 2 * len(bank)
     for entry in range(len(bank)):
@@ -54,7 +60,7 @@ def test_one_lora_on_both_halves_samples_as_ddim_does() -> None:
     host = ToyHost()
     change = changes_of(toy_lora(host, "a", 1), host.layers())
     scene = scenes.Scene(0, 1, "a sks and a sks", ("a sks and a sks", "a sks and a sks"))
-    _, latents = scenes.draw(host, host.layers(), [change, change], [scene], 0, 3, 2.0, 64, lambda _: None)
+    _, latents = scenes.draw(host, acting(host, [change, change]), [scene], 0, 3, 2.0, 64, lambda _: None)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     times, alphas = [667, 334, 1], [*(host.alphas[t].double() for t in (667, 334, 1)), torch.tensor(1.0)]
     with applied(host.layers(), change), torch.no_grad():
@@ -85,7 +91,7 @@ def test_a_model_that_predicts_v_draws_the_same_scene() -> None:
     for host in (ToyHost(), Velocity()):
         asked = [changes_of(toy_lora(host, name, seed), host.layers()) for seed, name in enumerate(("a", "b"), start=1)]
         plan = scenes.plan(["sks", "zyk"], 2)
-        bank, latents = scenes.draw(host, host.layers(), asked, plan, 5, 4, 3.0, 64, lambda _: None)
+        bank, latents = scenes.draw(host, acting(host, asked), plan, 5, 4, 3.0, 64, lambda _: None)
         drawn.append((latents, bank.prediction))
     torch.testing.assert_close(drawn[0][0], drawn[1][0], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(drawn[0][1][0], drawn[1][1][0], atol=0.1)

@@ -18,7 +18,7 @@ from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
 from loraclr.keys import Family, kohya_name
 from loraclr.merging import Settings
 from loraclr.polish import missed, polish
-from miniature import checkpoint
+from miniature import checkpoint, drawing
 
 QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
 
@@ -39,10 +39,10 @@ def concepts(host: Standalone) -> list[Concept]:
     return [Concept(lora, word, prompts=("a {}",)) for lora, word in zip(loras, ("sks", "zyk"), strict=True)]
 
 
-def adapted(host: Standalone) -> set[str]:
+def adapted(host: Standalone) -> dict[str, LoraLayer]:
     """The layers that diffusers has put a LoRA on."""
     return {
-        kohya_name(part, path, host.family)
+        kohya_name(part, path, host.family): module
         for part in ("unet", "text_encoder", "text_encoder_2")
         if getattr(host.pipeline, part, None) is not None
         for path, module in getattr(host.pipeline, part).named_modules()
@@ -111,10 +111,31 @@ def test_a_merge_is_a_file_that_diffusers_loads(host, tmp_path: Path) -> None:
             theirs, loaded = seen(), adapted(host)
         finally:
             host.pipeline.unload_lora_weights()
-    assert loaded == set(merged.layers)
+    assert loaded.keys() == merged.layers.keys()
     for a, b, c in zip(theirs, wanted, plain, strict=True):
         assert (a - b).norm() < 1e-3 * (b - c).norm()
     assert torch.equal(before, host.predict(torch.ones(1, 4, 8, 8), torch.tensor([500]), host.encode(["a sks"])))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_diffusers_loads_every_layer_of_a_pipeline(family: Family, tmp_path: Path) -> None:
+    """Every linear layer and convolution of UNet and text encoders, and its output is ours."""
+    host = drawing.open_miniature("cpu") if family == "sd1" else Standalone(tiny.pipeline(family, tmp_path / "clip"))
+    layers = tiny.whole(host.layers())
+    tiny.install_random(family, tmp_path / "all.safetensors", layers, 1, 0.03)
+    lora = files.load(tmp_path / "all.safetensors")
+    assert lora.family == family and lora.unused == () and lora.layers.keys() == layers.keys()
+    host.pipeline.load_lora_weights(tmp_path, weight_name="all.safetensors")
+    loaded, changes = adapted(host), changes_of(lora)
+    assert loaded.keys() == layers.keys()
+    for name, module in loaded.items():
+        weight = module.get_base_layer().weight
+        x = torch.randn(2, weight.shape[1], *([5, 5] if weight.dim() == 4 else []))
+        with torch.no_grad():
+            base, theirs = module.get_base_layer()(x), module(x)
+            with applied({name: module.get_base_layer()}, {name: changes[name]}):
+                ours = module.get_base_layer()(x)
+        assert (theirs - ours).norm() < 1e-3 * (ours - base).norm(), name
 
 
 def test_a_model_in_half_precision_is_merged_for(host, tmp_path: Path, monkeypatch) -> None:
@@ -147,6 +168,13 @@ def test_polish_learns_and_scenes_are_drawn(host) -> None:
     assert missed(host, layers, after, banks, 4)[0] < 0.9 * missed(host, layers, half, banks, 4)[0]
 
     bank, latents = scenes.draw(
-        host, layers, [whole, half], scenes.plan(["sks", "zyk"], 1), 0, 2, 2.0, 64, lambda _: None
+        host,
+        lambda place: applied(layers, (whole, half)[place]),
+        scenes.plan(["sks", "zyk"], 1),
+        0,
+        2,
+        2.0,
+        64,
+        lambda _: None,
     )
     assert len(bank) == 4 and latents.isfinite().all()

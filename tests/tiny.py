@@ -22,18 +22,19 @@ from loraclr.lora import Layer, LoRA
 from miniature import autoencoder, checkpoint
 
 OPEN_WIDTH, OPEN_LAYERS, SIZE_WIDTH, SIDE = 256, 10, 32, 16
+PROJECTION = "lora_te2_text_projection"  # of what SDXL's second text encoder says of a whole prompt
 OPEN_CLIP = {
     **checkpoint.CLIP, "hidden_size": OPEN_WIDTH, "intermediate_size": 4 * OPEN_WIDTH, "num_attention_heads": 4,
     "hidden_act": "gelu", "projection_dim": OPEN_WIDTH, "num_hidden_layers": OPEN_LAYERS,
 }  # fmt: skip
 _UNETS = {
     "sd2": {
-        "block_out_channels": (32, 64, 64, 64), "attention_head_dim": (1, 2, 2, 2), "cross_attention_dim": OPEN_WIDTH,
+        "block_out_channels": (32, 64, 96, 96), "attention_head_dim": (1, 2, 3, 3), "cross_attention_dim": OPEN_WIDTH,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     },
     "sdxl": {
-        "block_out_channels": (32, 64, 64), "attention_head_dim": (1, 2, 2), "transformer_layers_per_block": (1, 2, 10),
+        "block_out_channels": (32, 64, 96), "attention_head_dim": (1, 2, 3), "transformer_layers_per_block": (1, 2, 10),
         "cross_attention_dim": checkpoint.CONTEXT + OPEN_WIDTH,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -46,6 +47,15 @@ _UNETS = {
 def pipeline(family: Family, folder: Path, target: str = "epsilon"):
     """A pipeline with random weights; the tokenizer is written to `folder`."""
     torch.manual_seed(0)
+    made = _made(family, folder, target)
+    for encoder in (made.text_encoder, getattr(made, "text_encoder_2", None)):
+        for name, parameter in encoder.named_parameters() if encoder else ():
+            if name.endswith("final_layer_norm.bias"):  # the webui divides by the mean of what comes out
+                nn.init.normal_(parameter, 0.05, 0.1)
+    return made
+
+
+def _made(family: Family, folder: Path, target: str):
     tokenizer = CLIPTokenizer.from_pretrained(str(checkpoint.tokenizer_folder(folder)))
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
@@ -207,22 +217,31 @@ def _yaml(family: Family, clip: str, target: str) -> dict:
     return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": engine}}
 
 
+def install_random(family: Family, path: Path, layers: Mapping[str, nn.Module], seed: int, size: float = 0.1) -> None:
+    """Write a random LoRA on the given layers."""
+    lora = random_lora(layers, family, path.stem, seed, size=size)
+    files.save(path, lora.layers, files.lora_metadata(family, lora.layers, [], [], {}))
+
+
 def install_loras(family: Family, folder: Path, names: list[str]) -> None:
     """Write random LoRAs on attention and feed-forward layers of UNet and text encoders, as trainers make them."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = Standalone(pipeline(family, folder.parent / "tokenizer")).layers()
     for seed, name in enumerate(names, start=1):
-        lora = random_lora(usual(layers), family, name, seed)
-        files.save(folder / f"{name}.safetensors", lora.layers, files.lora_metadata(family, lora.layers, [], [], {}))
-
-
-def install_projection(path: Path) -> None:
-    """Write a random LoRA on what SDXL's second text encoder says of a whole prompt."""
-    lora = random_lora({"lora_te2_text_projection": nn.Linear(OPEN_WIDTH, OPEN_WIDTH)}, "sdxl", path.stem, 7)
-    files.save(path, lora.layers, files.lora_metadata("sdxl", lora.layers, [], [], {}))
+        install_random(family, folder / f"{name}.safetensors", usual(layers), seed)
+    # The webui does not know the projection, which has a file of its own.
+    known = {name: layer for name, layer in whole(layers).items() if name != PROJECTION}
+    install_random(family, folder / "whole.safetensors", known, 5, 0.03)
+    if family == "sdxl":
+        install_random(family, folder / "pooled.safetensors", {PROJECTION: layers[PROJECTION]}, 7)
 
 
 def usual(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Those of a model's layers that most LoRAs change."""
     parts = ("attn1", "attn2", "_ff_", "proj_in", "proj_out", "self_attn", "mlp")
     return {name: module for name, module in layers.items() if any(part in name for part in parts)}
+
+
+def whole(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """All of a model's layers but norms."""
+    return {name: module for name, module in layers.items() if isinstance(module, nn.Linear | nn.Conv2d)}

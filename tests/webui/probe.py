@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import networks
@@ -14,8 +16,9 @@ from torch import nn
 
 import loraclr
 from loraclr import files, merging
-from loraclr.capture import Changes, applied, changes_of
+from loraclr.capture import Changes, applied, changes_of, is_cross_kv
 from loraclr.hosts.a1111 import A1111
+from loraclr.lora import LoRA
 
 PROMPT = "a sks beside a zyk"
 QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
@@ -32,6 +35,31 @@ def seen(host: A1111) -> list[torch.Tensor]:
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(devices.device)
     outputs = [context.tokens, host.predict(x, torch.tensor([500.0]), context)]
     return outputs if context.pooled is None else [*outputs, context.pooled]
+
+
+def with_word(host: A1111, lora: LoRA, word: str) -> LoRA:
+    """The LoRA with embeddings for the model's text encoders; for SD 1.x one for each cross-attention layer."""
+    random = torch.Generator().manual_seed(0)
+    encoders = {"sd1": ("clip_l", ""), "sd2": ("clip_h", ""), "sdxl": ("clip_l", "1", "clip_g", "2")}[host.family]
+    vectors = {}
+    for encoder, number in zip(encoders[::2], encoders[1::2], strict=True):
+        layer = host.layers()[f"lora_te{number}_text_model_encoder_layers_0_mlp_fc1"]
+        vectors[encoder] = 0.1 * torch.randn(16 if host.family == "sd1" else 2, layer.weight.shape[1], generator=random)
+    if host.family == "sd1":
+        return replace(lora, layer_embeddings={word: vectors["clip_l"]})
+    return replace(lora, embeddings={word: vectors})
+
+
+def read_in_order(host: A1111) -> list[str]:
+    """The layers that read the text, as the UNet calls them."""
+    called, handles = [], []
+    for name, module in host.layers().items():
+        if is_cross_kv(name):
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: called.append(name)))
+    seen(host)
+    for handle in handles:
+        handle.remove()
+    return called
 
 
 def load(names: list[str]) -> None:
@@ -51,14 +79,19 @@ def without_gradient(host: A1111, changes: Changes) -> list[str]:
 
 
 class Unmatched(logging.Handler):
-    """Inside, keeps what the webui says of keys that it does not know and of layers that it fails at."""
+    """Inside, keeps what the webui says of keys that it does not know and of layers that it fails at.
+
+    It says so of every bundled word, too, and uses it.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (text := record.getMessage()).startswith("Network "):
+        text = record.getMessage()
+        keys = re.findall(r"'([^']+)': ", text)
+        if text.startswith("Network ") and not (keys and all(key.startswith("bundle_emb.") for key in keys)):
             self.said.append(text)
 
     def __enter__(self) -> Unmatched:
@@ -77,7 +110,10 @@ class Unmatched(logging.Handler):
 def put_in(names: list[str]) -> None:
     """These LoRAs of the webui's own in all of its layers."""
     load(names)
-    for module in shared.sd_model.network_layer_mapping.values():
+    modules = shared.sd_model.network_layer_mapping.values()
+    # An attention's last layer is never called: what it multiplies by is given to the attention.
+    inside = {module.out_proj for module in modules if isinstance(module, nn.MultiheadAttention)}
+    for module in set(modules) - inside:
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)):
             networks.network_apply_weights(module)
 
@@ -149,7 +185,7 @@ def deltas(names: list[str] = Body(embed=True)) -> Any:  # noqa: B008
 
 
 def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = Body()) -> Any:  # noqa: B008
-    """Merge these LoRAs, and compare our hooks with the webui's own loading of the result.
+    """Merge these LoRAs, the last one with a word, and compare our hooks with the webui's own loading of the result.
 
     Returns how far the two are apart relative to what the LoRA does, for each output, and what the webui complained of.
     """
@@ -168,6 +204,8 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
             ours = host.encode([PROMPT, ""])
             tokens = (context.tokens - ours.tokens).norm() / ours.tokens.norm()
             repeated = (host.predict(x, t, ours) - prediction).norm() / prediction.norm()
+        worded = with_word(host, concepts[-1].lora, triggers[-1])
+        concepts[-1] = replace(concepts[-1], lora=worded)
         settings = merging.Settings(speed="closed", **QUICK)
         merged = merging.merge(host, concepts, settings)
         path = loraclr.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
@@ -178,14 +216,22 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
         dead = without_gradient(host, changes)
         plain = seen(host)
         with host.session(), applied(host.layers(), changes):
-            wanted = seen(host)
+            wordless = seen(host)
+            with host.words(merged.words):
+                wanted = seen(host)
         with Unmatched() as listener:
             load([name])
             theirs = seen(host)
         load([])
-        after = seen(host)
+        after, order = seen(host), read_in_order(host)
+    listed = networks.available_networks[name]
     return {
         "family": host.family,
+        "listed": [listed.sd_version.name, listed.hash],
+        "hash": files.model_hash(path),
+        "order": order,
+        "words": {word: list(vectors) for word, vectors in merged.words.items()},
+        "word's effect": [float((b - d).norm() / d.norm()) for b, d in zip(wanted, wordless, strict=True)],
         "target": host.target,
         "size": host.size,
         "repeated": [float(tokens), float(repeated)],

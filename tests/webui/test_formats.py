@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from webui_driver import Webui
 
+from loraclr.folding import cross_layers
+
 BLOCK, ATTENTION = "lora_unet_down_blocks_0", "lora_unet_down_blocks_0_attentions_0"
 TEXT = "lora_te_text_model_encoder_layers_0"
 LINEAR = [
@@ -81,6 +83,7 @@ def write(folder: Path) -> dict[str, list[str]]:
     for name, (algorithm, options, names) in AGREE.items():
         add(name, names, by(algorithm, options))
     plain, glora = by("LoRA", {}), by("GLoRA", {"alpha": 3.0})
+    add("every layer", [k for k, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv2d)], plain)
     add("without alpha", ALL, lambda layer: renamed(plain(layer), {"alpha": ""}))
     peft = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight", "alpha": ""}
     add("lora_A and lora_B", ALL, lambda layer: renamed(plain(layer), peft))
@@ -152,7 +155,17 @@ def test_what_is_merged_of_all_of_them_is_known_to_the_webui(started) -> None:
     names = ["locon with mid", "loha", "lokr", "ia3", "oft", "full", "norm", "dora on output", "new glora"]
     triggers = [f"sks{number}" for number in range(len(names))]
     merged = webui.ask("/probe", {"names": names, "triggers": triggers, "name": "all of them"})
-    assert merged["complaints"] == [] and merged["unused"] == []
-    assert set(merged["layers"]) == {layer for name in names for layer in made[name]}
+    assert merged["complaints"] == [] and merged["unused"] == ["bundle_emb.sks8.emb_params"]
+    assert merged["listed"] == ["SD1", merged["hash"]]
+    folded = {f"{layer}_to_{side}" for layer in cross_layers() for side in "kv"}  # of the last one's word
+    assert set(merged["layers"]) == {layer for name in names for layer in made[name]} | folded
     assert merged["untouched"] and merged["restored"]
     assert min(merged["effect"]) > 0.01 and max(merged["apart"]) < 1e-3, merged
+
+
+def test_an_edlora_is_merged_and_its_word_known_to_the_webui(started) -> None:
+    merged = started[0].ask("/probe", {"names": ["lora", "loha"], "triggers": ["sks", "zyk"], "name": "with a word"})
+    assert merged["order"] == [f"{layer}_to_{side}" for layer in cross_layers() for side in "kv"]
+    assert merged["words"] == {"zyk": ["clip_l"]} and merged["complaints"] == []
+    assert merged["untouched"] and merged["restored"]
+    assert max(merged["apart"]) < 1e-3 and min(merged["word's effect"]) > 10 * max(merged["apart"])
