@@ -47,13 +47,12 @@ function loraclrListCards() {
     }
 }
 
-function loraclrMerge() {
+// The job's id goes in the place of the first value.
+function loraclrMerge(values) {
     const task = randomId();
     localSet("loraclr_task_id", task);
     loraclrFollow(task, 40, true);
-    const values = Array.from(arguments);
-    values[0] = task;
-    return values;
+    return [task, ...values.slice(1)];
 }
 
 function loraclrInterrupt() {
@@ -76,18 +75,23 @@ function loraclrSend(prompt) {
 }
 
 // The prompt of txt2img goes in the place of the first value.
-function loraclrTake() {
-    const values = Array.from(arguments);
-    values[0] = gradioApp().querySelector("#txt2img_prompt textarea").value;
-    return values;
+function loraclrTake(values) {
+    return [gradioApp().querySelector("#txt2img_prompt textarea").value, ...values.slice(1)];
 }
 
-function loraclrRemove(chosen, place) {
+// Where the LoRA of a row stands among the chosen ones, of which the rows may show a part; each begins with its name.
+function loraclrPlace(chosen, row) {
+    const name = loraclrPart("concept_" + row).querySelector("[data-name]").dataset.name;
+    return chosen.findIndex((label) => label.split("\u2003·\u2003")[0] == name);
+}
+
+function loraclrRemove(chosen, row) {
+    const place = loraclrPlace(chosen, row);
     return [chosen.filter((_, at) => at != place)];
 }
 
-function loraclrUp(chosen, place) {
-    const moved = Array.from(chosen);
+function loraclrUp(chosen, row) {
+    const place = loraclrPlace(chosen, row), moved = Array.from(chosen);
     if (place > 0) moved.splice(place - 1, 0, moved.splice(place, 1)[0]);
     return [moved];
 }
@@ -101,6 +105,8 @@ const loraclrTips = {
     refresh: "Look into the LoRA folder again",
     up: "Move this LoRA up",
     remove: "Leave this LoRA out",
+    back: "Show the LoRAs before these",
+    on: "Show the LoRAs after these",
     merge: "Merge the chosen LoRAs into one file",
     interrupt: "Stop: no file is written, and the model stays as it was",
     take: "Choose the LoRAs that the txt2img prompt names, at its weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -14,6 +15,15 @@ _SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
 def script(function: str) -> dict[str, str]:
     """The argument by which an event runs a function of the page before, or instead of, one of ours."""
     return {_SCRIPT: function}
+
+
+def script_on(function: str, inputs: Sequence[Any]) -> dict[str, str]:
+    """The same for a function that takes the inputs' values as an array, and returns them changed.
+
+    gradio gives a script the outputs' values, too; given these back, gradio 4 takes the inputs for others if there is a
+    State among them.
+    """
+    return script(f"(...values) => {function}(values.slice(0, {len(inputs)}))")
 
 
 def FormRow(**look: Any) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 import gradio as gr
 
-from loraclr.webui import comparison, library, rows, settings
+from loraclr.webui import comparison, facts, library, rows, settings
 from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
 from loraclr.webui.surroundings import here
+from loraclr.webui.view import KINDS
 
 
 class History:
@@ -70,14 +71,14 @@ def _wrong(sentence: str) -> str:
 def _line(concept: Mapping[str, Any]) -> tuple[Any, ...]:
     """A row's fields from a recipe's concept."""
     text_weight, weights = concept.get("text_weight"), concept.get("blocks") or {}
-    kind = rows.KINDS[concept.get("kind") == "style"]
+    kind = KINDS[concept.get("kind") == "style"]
     return (
         concept.get("trigger", ""),
         concept.get("weight", 1.0),
         "" if text_weight is None else f"{text_weight:g}",
         kind,
         " ".join(f"{block}={weight:g}" for block, weight in weights.items() if weight != 1),
-        rows.templates(kind, "\n".join(concept.get("prompts") or ())),
+        facts.templates(kind, "\n".join(concept.get("prompts") or ())),
     )
 
 

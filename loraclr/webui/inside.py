@@ -16,6 +16,7 @@ from PIL import Image
 
 from loraclr.hosts.a1111 import A1111, report
 from loraclr.keys import Family
+from loraclr.webui.relisting import whole
 from loraclr.webui.surroundings import Listed
 
 _VERSIONS: dict[str, Family] = {"SD1": "sd1", "SD2": "sd2", "SDXL": "sdxl"}
@@ -53,15 +54,13 @@ class Webui:
         return [Path(path) for path in shared.walk_files(self.folder(), allowed_extensions=suffixes)]
 
     def listed(self) -> list[Listed]:
-        return [_listed(entry) for entry in list(networks.available_networks.values())]
+        return [_listed(entry) for entry in _whole(networks.available_networks).values()]
 
     def found(self, name: str) -> Listed | None:
-        entry = networks.available_networks.get(name)
-        return None if entry is None else _listed(entry)
+        return _entry(networks.available_networks, name)
 
     def meant(self, word: str) -> Listed | None:
-        entry = networks.available_network_aliases.get(word)
-        return None if entry is None else _listed(entry)
+        return _entry(networks.available_network_aliases, word)
 
     def refresh(self) -> None:
         networks.list_available_networks()
@@ -135,6 +134,16 @@ class Webui:
 
     def tool(self, sign: str, **look: Any) -> gr.Button:
         return ToolButton(sign, **look)
+
+
+def _whole(entries: dict[str, Any]) -> dict[str, Any]:
+    """One of the webui's lists of LoRAs; it makes them anew in many places, each Lora page's Refresh among them."""
+    return whole(entries, networks.list_available_networks)
+
+
+def _entry(entries: dict[str, Any], name: str) -> Listed | None:
+    entry = entries.get(name) or _whole(entries).get(name)
+    return None if entry is None else _listed(entry)
 
 
 def _listed(entry: Any) -> Listed:

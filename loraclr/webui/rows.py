@@ -1,32 +1,21 @@
-"""The chosen LoRAs, and a row for each: what it is, what is wrong with it, and what the user says about it."""
+"""The chosen LoRAs, and a row for each that is in sight: what it is, and what the user says about it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import gradio as gr
 
-from loraclr import blocks, prompts
-from loraclr.keys import Family
-from loraclr.webui import card, job, labels, library
-from loraclr.webui.card import Card
-from loraclr.webui.components import FormRow, ToolButton, script
-from loraclr.webui.language import retell, say
+from loraclr import prompts
+from loraclr.webui import facts, job, labels, library
+from loraclr.webui.components import FormRow, ToolButton, script, script_on
+from loraclr.webui.language import say
 from loraclr.webui.settings import lines_of
 from loraclr.webui.surroundings import here
-
-MOST = 32  # rows of the form: gradio 3 cannot add components to a page
-KINDS = ("Subject", "Style")
-#: What a row asks for, and its value where there is no LoRA.
-FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
-#: Those in which numbers are written as words, which may make no sense.
-CHECKED = ("text_weight", "blocks")
+from loraclr.webui.view import CHECKED, FIELDS, KINDS, MOST, View, columns, in_rows, page_of
 
 HEADING = (
     '<div class="loraclr-columns"><span>LoRA</span><span>Trigger words</span><span>Weight</span>'
@@ -77,8 +66,12 @@ class Rows:
         self.look = gr.Button("…", elem_id="loraclr_look", elem_classes=["loraclr-unseen"])
         self.elsewhere = gr.Textbox(visible=False, elem_id="loraclr_elsewhere")  # the script puts the prompt there
         self.elsewhere.do_not_save_to_config = True
-        self.shown = gr.State([])
+        self.view = gr.State(View())
         self.heading = gr.HTML(_invitation(), elem_id="loraclr_heading")
+        with gr.Row(visible=False, elem_id="loraclr_pages") as self.pages:
+            self.back = ToolButton("◀", elem_id="loraclr_back")
+            self.place = gr.HTML(elem_id="loraclr_place")
+            self.on = ToolButton("▶", elem_id="loraclr_on")
         self.rows: list[Any] = []
         self.names: list[Any] = []
         self.facts: list[Any] = []
@@ -93,15 +86,20 @@ class Rows:
         return [component for column in self.columns.values() for component in column]
 
     @property
+    def written(self) -> list[Any]:
+        """What `read` and the like take: what is in sight, what is written there, and what of the other LoRAs."""
+        return [self.view, *self.fields]
+
+    @property
     def checked(self) -> list[Any]:
-        """The fields in which a row can be wrong, as `_facts` takes their values."""
+        """The fields in which a row can be wrong, as `seen` takes their values."""
         return [component for field in CHECKED for component in self.columns[field]]
 
     @property
     def seeing(self) -> dict[str, Any]:
         """What an event needs that calls `seen`."""
         return {
-            "inputs": [self.chosen, self.every, self.hidden, *self.checked],
+            "inputs": [self.chosen, self.every, self.hidden, self.view, *self.checked],
             "outputs": [self.chosen, self.heading, *self.facts],
             "show_progress": False,
         }
@@ -109,25 +107,27 @@ class Rows:
     @property
     def arranged(self) -> list[Any]:
         """What `arranged` fills."""
-        return [self.shown, self.heading, *self.rows, *self.names, *self.facts, *self.fields]
+        pages = [self.pages, self.back, self.place, self.on]
+        return [self.view, self.heading, *pages, *self.rows, *self.names, *self.facts, *self.fields]
 
     def _wire(self) -> None:
-        self.chosen.change(
-            fn=arrange, inputs=[self.chosen, self.shown, *self.fields], outputs=self.arranged, show_progress=False
-        )
+        self.chosen.change(fn=arrange, inputs=[self.chosen, *self.written], outputs=self.arranged, show_progress=False)
+        for button, step in ((self.back, -1), (self.on, 1)):
+            button.click(partial(turned, step), self.written, self.arranged, show_progress=False)
         for happens in (self.every.change, self.hidden.change, self.look.click):
             happens(seen, **self.seeing)
         self.refresh.click(refreshed, **self.seeing)
-        for place, facts in enumerate(self.facts):
+        for place, said in enumerate(self.facts):
             written = [self.columns[field][place] for field in CHECKED]
             for component in written:
                 component.input(
-                    partial(checked, place), [self.chosen, *written], [facts], show_progress=False, queue=False
+                    partial(checked, place), [self.view, *written], [said], show_progress=False, queue=False
                 )
+        asked = [self.elsewhere, self.chosen, *self.written]
         self.taken.click(
             fn=take,
-            **script("loraclrTake"),
-            inputs=[self.elsewhere, self.chosen, self.shown, *self.fields],
+            **script_on("loraclrTake", asked),
+            inputs=asked,
             outputs=[self.chosen, *self.arranged],
             show_progress=False,
         )
@@ -157,7 +157,7 @@ class Rows:
                     button = ToolButton(sign, elem_id=f"loraclr_{what}_{number}")
                     button.click(
                         fn=None, inputs=[self.chosen], outputs=[self.chosen],
-                        **script(f"(chosen) => {move}(chosen, {place})"),
+                        **script(f"(chosen) => {move}(chosen, {number})"),
                     )  # fmt: skip
             self.facts.append(gr.HTML(elem_id=f"loraclr_facts_{number}", elem_classes=["loraclr-facts"]))
             made["blocks"] = _text(
@@ -169,7 +169,7 @@ class Rows:
                 "prompts to look at, one a line, {} stands for the trigger; empty: the usual ones", "loraclr-extra", 2,
             )  # fmt: skip
             made["kind"].input(
-                retold, [made["kind"], made["prompts"]], [made["prompts"]], show_progress=False, queue=False
+                facts.retold, [made["kind"], made["prompts"]], [made["prompts"]], show_progress=False, queue=False
             )
         self.rows.append(row)
         for field, component in made.items():
@@ -184,14 +184,13 @@ def _text(label: str, elem_id: str, placeholder: str, look: str = "", lines: int
     )  # fmt: skip
 
 
-def seen(chosen: list[str], every: bool, hidden: bool, *written: str) -> list[Any]:
+def seen(chosen: list[str], every: bool, hidden: bool, view: View, *written: str) -> list[Any]:
     """What there is to choose from, and what is chosen, as files and checkpoint are now."""
     choices = library.listed(None if every else library.loaded_family(), hidden)
     labelled = library.labelled(chosen or [])
     # A value is sent only if notes have changed: it would make the page ask for all rows again.
     update = gr.update(choices=choices) if labelled == chosen else gr.update(choices=choices, value=labelled)
-    names = _names(chosen)
-    return [update, HEADING if chosen else _invitation(), *_facts(names, _columns(written, CHECKED))]
+    return [update, HEADING if chosen else _invitation(), *_about(view.shown, columns(written, CHECKED))]
 
 
 def refreshed(*asked: Any) -> list[Any]:
@@ -200,29 +199,29 @@ def refreshed(*asked: Any) -> list[Any]:
     return seen(*asked)
 
 
-def checked(place: int, chosen: list[str], *written: str) -> str:
+def checked(place: int, view: View, *written: str) -> str:
     """What a row says of its LoRA while something is being written into it."""
-    return _fact(_names(chosen)[place], library.loaded_family(), *written)
+    return facts.about(view.shown[place], library.loaded_family(), *written)
 
 
-def templates(kind: str, looked: str = "") -> str:
-    """The prompts to look at as a row has them: what was written, else the usual ones of this kind."""
-    return looked if looked.strip() else "\n".join(prompts.usual(kind.lower()))
+def arrange(chosen: list[str], view: View, *fields: Any) -> list[Any]:
+    """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote.
+
+    The page stays, but for one that has just been chosen it is that one's.
+    """
+    names, known = _names(chosen), view.written(fields)
+    added = [place for place, name in enumerate(names) if name not in known]
+    return arranged(names, known, max(added, default=view.first))
 
 
-def retold(kind: str, looked: str) -> str:
-    """The prompts after a choice of kind: the usual ones follow it, others stay."""
-    return templates(kind, "" if any(lines_of(looked) == prompts.usual(k.lower()) for k in KINDS) else looked)
+def turned(step: int, view: View, *fields: Any) -> list[Any]:
+    """Rows for the LoRAs some pages on."""
+    return arranged(view.names, view.written(fields), view.first + step * MOST)
 
 
-def arrange(chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
-    """Rows for what is chosen now; a LoRA that was there before keeps what the user wrote."""
-    return arranged(_names(chosen), dict(zip(shown, zip(*_columns(fields), strict=True), strict=False)))
-
-
-def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list[Any]:
+def take(prompt: str, chosen: list[str], view: View, *fields: Any) -> list[Any]:
     """Rows for the LoRAs that the prompt names, at its weights; trigger words that stand there already are kept."""
-    known = dict(zip(shown, zip(*_columns(fields), strict=True), strict=False))
+    known = view.written(fields)
     there = set(library.names())
     named = {name: weights for name, weights in library.named_in(prompt or "").items() if name in there}
     if not named:
@@ -230,7 +229,7 @@ def take(prompt: str, chosen: list[str], shown: list[str], *fields: Any) -> list
         return [chosen, *arranged(_names(chosen), known)]
     lines = {}
     for name, (weight, text_weight) in named.items():
-        trigger, _, _, *rest = known.get(name) or _guess(name)
+        trigger, _, _, *rest = known.get(name) or facts.guess(name)
         lines[name] = (trigger, weight, "" if text_weight is None else f"{text_weight:g}", *rest)
     return filled(lines)
 
@@ -240,39 +239,30 @@ def filled(lines: dict[str, Sequence[Any]]) -> list[Any]:
     return [library.labelled(list(lines)), *arranged(list(lines), lines)]
 
 
-def arranged(chosen: list[str], known: dict[str, Sequence[Any]]) -> list[Any]:
-    """The rows of what is chosen, by name: its own fields where they are known, else what the files tell."""
-    chosen = chosen[:MOST]
-    lines = [known.get(name) or _guess(name) for name in chosen]
-    lines += [tuple(FIELDS.values())] * (MOST - len(chosen))
-    columns = dict(zip(FIELDS, zip(*lines, strict=True), strict=True))
+def arranged(names: Sequence[str], known: Mapping[str, Sequence[Any]], first: int = 0) -> list[Any]:
+    """The rows of these LoRAs from a place on: their own fields where they are known, else what the files tell."""
+    view = page_of(names, {name: known.get(name) or facts.guess(name) for name in names}, first)
+    shown = view.shown
+    fields = in_rows([view.lines[name] for name in shown])
     return [
-        chosen,
-        HEADING if chosen else _invitation(),
-        *(gr.update(visible=place < len(chosen)) for place in range(MOST)),
-        *(_title(name) for name in chosen),
-        *[""] * (MOST - len(chosen)),
-        *_facts(chosen, [columns[field] for field in CHECKED]),
-        *(value for column in columns.values() for value in column),
+        view,
+        HEADING if names else _invitation(),
+        *_pages(view),
+        *(gr.update(visible=place < len(shown)) for place in range(MOST)),
+        *(facts.title(name) for name in shown),
+        *[""] * (MOST - len(shown)),
+        *_about(shown, [fields[field] for field in CHECKED]),
+        *(value for column in fields.values() for value in column),
     ]
 
 
-def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
-    """What the rows ask for. Raises ValueError, one sentence that names the LoRA."""
-    chosen = [labels.name_of(label) for label in chosen]
-    if len(chosen) > MOST:
-        raise ValueError(
-            say(
-                "{count} LoRAs are chosen; the tab merges up to {most} at a time, the API any number.",
-                count=len(chosen),
-                most=MOST,
-            )
-        )
-    rows = []
-    for name, *values in zip(chosen, *_columns(fields), strict=False):
-        row = dict(zip(FIELDS, values, strict=True))
+def read(chosen: Sequence[str], view: View, *fields: Any) -> list[job.Row]:
+    """What is asked for, in sight or not. Raises ValueError, one sentence that names the LoRA."""
+    known, asked = view.written(fields), []
+    for name in _names(chosen):
+        row = dict(zip(FIELDS, known.get(name) or facts.guess(name), strict=True))
         try:
-            text_weight = _number(row["text_weight"])
+            text_weight = facts.number(row["text_weight"])
         except ValueError as error:
             raise ValueError(
                 say(
@@ -282,33 +272,32 @@ def read(chosen: Sequence[str], *fields: Any) -> list[job.Row]:
             ) from error  # fmt: skip
         looked, kind, weights = lines_of(row["prompts"]), row["kind"].lower(), row["blocks"] or ""
         looked = () if looked == prompts.usual(kind) else looked  # slower merges look at more than these
-        rows.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
-    return rows
+        asked.append(job.Row(name, row["trigger"], row["weight"], text_weight, kind, weights, looked))
+    return asked
 
 
-def card_of(name: str) -> Card:
-    """What the file of a LoRA is."""
-    try:
-        return card.of(library.path_of(name))
-    except ValueError as error:
-        return Card(None, str(error), "", 0.0, None)
+def _names(chosen: Sequence[str] | None) -> list[str]:
+    """The chosen LoRAs by name."""
+    return [labels.name_of(label) for label in chosen or []]
 
 
-def _names(chosen: list[str] | None) -> list[str]:
-    """The LoRAs that have a row, by name."""
-    return [labels.name_of(label) for label in chosen or []][:MOST]
+def _pages(view: View) -> list[Any]:
+    """Which of how many are in sight, and the ways to the others, where there are any."""
+    count, last = len(view.names), view.first + len(view.shown)
+    told = say("LoRAs {first}–{last} of {count}", first=view.first + 1, last=last, count=count)
+    return [
+        gr.update(visible=count > MOST),
+        gr.update(interactive=view.first > 0),
+        f"<p>{escape(told)}</p>",
+        gr.update(interactive=last < count),
+    ]
 
 
-def _columns(values: Sequence[Any], fields: Collection[str] = FIELDS) -> list[Sequence[Any]]:
-    """The values of each field for all rows."""
-    return [values[MOST * place : MOST * (place + 1)] for place in range(len(fields))]
-
-
-def _guess(name: str) -> tuple[Any, ...]:
-    """What a LoRA that was just chosen is filled in with."""
-    trigger = card_of(name).trigger
-    kind = KINDS["style" in f"{name} {trigger}".casefold()]
-    return tuple((FIELDS | {"trigger": trigger, "kind": kind, "prompts": templates(kind)}).values())
+def _about(names: Sequence[str], written: Sequence[Sequence[str]]) -> list[str]:
+    """For every row what its LoRA is, and what is wrong with it."""
+    loaded = library.loaded_family()
+    lines = [facts.about(name, loaded, *line) for name, *line in zip(names, *written, strict=False)]
+    return lines + [""] * (MOST - len(lines))
 
 
 def _invitation() -> str:
@@ -318,57 +307,3 @@ def _invitation() -> str:
     if library.loaded_name() and library.loaded_family() is None:
         return OTHER
     return EMPTY if library.names() else NOTHING.format(folder=escape(str(library.folder())))
-
-
-def _title(name: str) -> str:
-    thumbnail = card_of(name).thumbnail
-    return f'{_picture(thumbnail)}<span title="{escape(name)}">{escape(name)}</span>'
-
-
-def _picture(file: Path | None) -> str:
-    if file is None:
-        return ""
-    address = f"./sd_extra_networks/thumb?filename={quote(file.as_posix())}&mtime={file.stat().st_mtime}"
-    return f'<img src="{escape(address)}" alt="">'
-
-
-def _facts(chosen: Sequence[str], written: Sequence[Sequence[str]]) -> list[str]:
-    """For every row what the LoRA is, and what is wrong with it."""
-    loaded = library.loaded_family()
-    lines = [_fact(name, loaded, *line) for name, *line in zip(chosen, *written, strict=False)]
-    return lines + [""] * (MOST - len(lines))
-
-
-def _fact(name: str, loaded: Family | None, text_weight: str, weights: str) -> str:
-    found = card_of(name)
-    told = [("", " · ".join(filter(None, (library.folder_of(name), found.facts))))]
-    for wrong in (found.wrong(loaded), _not_a_number(text_weight), _no_block_weights(weights, found)):
-        told.append(("loraclr-wrong", wrong))
-    told.append(("loraclr-noted", found.noted))
-    return "".join(f'<small class="{look}">{escape(sentence)}</small>' for look, sentence in told if sentence)
-
-
-def _not_a_number(text_weight: str) -> str:
-    try:
-        _number(text_weight)
-    except ValueError:
-        return say('The text encoder weight "{weight}" is no number.', weight=text_weight)
-    return ""
-
-
-def _number(text_weight: Any) -> float | None:
-    """A text encoder's weight as it is written; None for an empty field. Raises ValueError."""
-    number = float(text_weight) if str(text_weight or "").strip() else None
-    if number is not None and not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _no_block_weights(weights: str, found: Card) -> str:
-    """Why the block weights make no sense for a LoRA, "" if they do."""
-    if found.lora is not None and (weights or "").strip():
-        try:
-            blocks.block_weights(weights, found.lora.family)
-        except ValueError as error:
-            return retell(str(error))
-    return ""

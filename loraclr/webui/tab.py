@@ -10,8 +10,8 @@ import gradio as gr
 import torch
 
 from loraclr.merging import Cancelled
-from loraclr.webui import card, history, job, labels, results, rows, settings, target
-from loraclr.webui.components import FormRow, script
+from loraclr.webui import card, facts, history, job, labels, results, rows, settings, target
+from loraclr.webui.components import FormRow, script, script_on
 from loraclr.webui.language import retell, say
 from loraclr.webui.surroundings import here
 
@@ -36,10 +36,11 @@ def build() -> gr.Blocks:
         # Pressed by the page's script: fetches what a job has told a page that is gone.
         restore = gr.Button("…", elem_id="loraclr_restore", elem_classes=["loraclr-unseen"])
 
+        asked = [task, name, replace, *form.fields, chosen.chosen, *chosen.written]
         start.click(
             fn=here().queued(_merge, results.unfilled()),
-            **script("loraclrMerge"),
-            inputs=[task, name, replace, *form.fields, chosen.chosen, *chosen.fields],
+            **script_on("loraclrMerge", asked),
+            inputs=asked,
             outputs=panel.outputs,
             show_progress=False,
         ).then(rows.seen, **chosen.seeing)
@@ -59,9 +60,9 @@ def build() -> gr.Blocks:
             show_progress=False,
             queue=False,
         )
-        asked = [name, replace, form.rank, chosen.chosen]
-        for component in asked:
-            component.change(fn=_note, inputs=asked, outputs=[note], show_progress=False)
+        noted = [name, replace, form.rank, chosen.chosen]
+        for component in noted:
+            component.change(fn=_note, inputs=noted, outputs=[note], show_progress=False)
     return tab
 
 
@@ -91,7 +92,7 @@ def _note(name: str, replace: bool, rank: Any, chosen: list[str]) -> str:
         return f'<small class="loraclr-wrong">{escape(str(error))}</small>'
     if not chosen:
         return ""
-    size = card.megabytes([rows.card_of(lora) for lora in chosen], limit if isinstance(limit, int) else None)
+    size = card.megabytes([facts.card_of(lora) for lora in chosen], limit if isinstance(limit, int) else None)
     about = {"file": path.name, "size": f"{size:.1f}"}
     told = say("{file}, at most {size} MB", **about) if limit == "auto" else say("{file}, about {size} MB", **about)
     return f"<small>{escape(told)}</small>"
@@ -105,9 +106,9 @@ def _merge(task: str, *asked: Any) -> list[Any]:
 
 def _merged(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
     count = len(settings.FIELDS)
-    asked, chosen, fields = rest[:count], rest[count] or [], rest[count + 1 :]
+    asked, chosen, written = rest[:count], rest[count] or [], rest[count + 1 :]
     try:
-        order = job.Order(rows.read(chosen, *fields), name, replace, **settings.read(*asked))
+        order = job.Order(rows.read(chosen, *written), name, replace, **settings.read(*asked))
         done = job.run(task, order)
     except Cancelled:
         return _failed(say("The merge was interrupted; no file was written."), "loraclr-note")

@@ -121,6 +121,35 @@ def test_two_thousand_found_by_name_folder_and_words(webui: Webui, tab: Tab) -> 
         webui.ask("/sdapi/v1/refresh-loras", {})
 
 
+def test_none_is_missing_while_the_webui_lists_them_anew(webui: Webui, tab: Tab) -> None:
+    """It empties its list first: after a merge, when the Lora pages are asked for anew, and at their Refresh."""
+    shelf = webui.loras / "shelf"
+    shelf.mkdir()
+    for number in range(300):
+        save_file({"lora_te_x.alpha": torch.ones(())}, shelf / f"piece {number}.safetensors")
+
+    def listed() -> int:
+        tab.name("")  # elsewhere: the list closes
+        tab.page.locator("#loraclr_loras input").click()
+        tab.page.wait_for_timeout(300)
+        return tab.page.locator("#loraclr_loras ul.options li").count()
+
+    try:
+        tab.choose(TIGER.name)
+        before = listed()
+        webui.ask("/sdapi/v1/refresh-loras", {})
+        seen = []
+        for turn in range(40):
+            if turn % 5 == 0:
+                tab.page.evaluate("() => { loraclrPart('look').click(); loraclrListCards(); }")
+            seen.append(listed())
+            assert "LoRA rank 4" in tab.facts(1)
+        assert set(seen) <= {before, before + 300} and seen[-1] == before + 300, seen
+    finally:
+        shutil.rmtree(shelf)
+        webui.ask("/sdapi/v1/refresh-loras", {})
+
+
 def test_order_and_removal(tab: Tab) -> None:
     """A row moves up or goes away with all that was written in it."""
     tab.choose(TIGER.name, PANDA.name, "rocket")

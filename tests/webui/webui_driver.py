@@ -168,12 +168,11 @@ class Tab:
     def choose(self, *names: str) -> None:
         """Search for LoRAs by name and choose them."""
         for name in names:
-            before = self.page.locator(".loraclr-concept:visible").count()
             field = self.page.locator("#loraclr_loras input")
             field.click()
             field.fill(name)
             self.listed(name).click()
-            self.page.locator(".loraclr-concept:visible").nth(before).wait_for()
+            self.page.locator(f'.loraclr-concept:visible [data-name="{name}"]').wait_for()
         self.page.keyboard.press("Escape")
 
     def listed(self, name: str) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from alone_driver import Alone, Page
 from safetensors import safe_open
 
 from loraclr import files
+from loraclr.webui.view import MOST
 
 TIGER, PANDA = "tiger", "panda"
 
@@ -72,6 +75,81 @@ def test_a_rank_for_each_layer(alone: Alone, tab: Page) -> None:
     for rank, _, share in shown:
         least = min(kept[name] for name in ranks if ranks[name] == int(rank))
         assert float(share.rstrip("%")) == pytest.approx(100 * least, abs=0.06) and least >= 0.995
+
+
+@pytest.fixture
+def many(alone: Alone, tab: Page) -> Iterator[list[str]]:
+    """More LoRAs than there are rows, in a folder of their own, and a merge of them that can be loaded."""
+    folder, names = alone.loras / "many", [f"copy {number:02}" for number in range(1, MOST + 7)]
+    folder.mkdir()
+    for name in names:
+        shutil.copy(alone.loras / f"{TIGER}.safetensors", folder / f"{name}.safetensors")
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+    order = {"loras": [{"name": name, "trigger": f"word{name[-2:]}"} for name in names], "method": "average"}
+    job = alone.ask("/loraclr/v1/merge", {**order, "name": "of many", "draw": False, "settings": {"rank": 4}})["job"]
+    while alone.ask(f"/loraclr/v1/jobs/{job}")["state"] in ("queued", "running"):
+        time.sleep(0.5)
+    yield names
+    shutil.rmtree(folder)
+    tab.page.locator("#loraclr_refresh").click()
+    tab.settle()
+
+
+def test_more_loras_than_rows(alone: Alone, tab: Page, many: list[str], shots: Path) -> None:
+    """Pages of rows: what is written on one stays, moved or not, and Merge takes all in their order."""
+    place = tab.said("place")
+    tab.page.locator("#loraclr_look").dispatch_event("click")
+    tab.settle()
+    tab.page.locator("#loraclr_history > .label-wrap").click()
+    tab.page.locator("#loraclr_merged input").click()
+    tab.page.locator('#loraclr_merged ul.options li[aria-label="of many"]').click()
+    tab.settle()
+    assert not place.is_visible()
+    tab.page.locator("#loraclr_load").click()
+    place.get_by_text(f"LoRAs 1–{MOST} of {len(many)}").wait_for()
+    assert tab.names() == many[:MOST]
+    assert tab.page.locator("#loraclr_back").is_disabled()
+    tab.trigger(2).fill("second")
+    tab.page.locator("#loraclr_weight_3 input").fill("0.5")
+
+    tab.page.locator("#loraclr_on").click()
+    place.get_by_text(f"LoRAs {MOST + 1}–{len(many)} of {len(many)}").wait_for()
+    assert tab.names() == many[MOST:]
+    assert tab.page.locator("#loraclr_on").is_disabled()
+    tab.trigger(1).fill("first of the others")
+    tab.page.locator("#loraclr_up_1").click()  # to the page before
+    tab.settle()
+    assert tab.names() == [many[MOST - 1], *many[MOST + 1 :]]
+    tab.page.locator("#loraclr_remove_2").click()
+    tab.settle()
+    assert tab.names() == [many[MOST - 1], *many[MOST + 2 :]]
+
+    tab.page.locator("#loraclr_back").click()
+    place.get_by_text(f"LoRAs 1–{MOST} of {len(many) - 1}").wait_for()
+    assert tab.names() == [*many[: MOST - 1], many[MOST]]
+    assert tab.trigger(MOST).input_value() == "first of the others"
+    assert tab.trigger(2).input_value() == "second"
+    tab.choose(PANDA)  # its page is shown
+    assert tab.names()[-1] == PANDA
+    tab.page.screenshot(path=shots / f"pages_{alone.port}.png", full_page=True)
+
+    tab.page.locator("#loraclr_draw input").uncheck()
+    tab.name("most of many")
+    tab.start()
+    assert "most of many is ready" in tab.finish()
+    with safe_open(alone.loras / "most of many.safetensors", framework="pt") as file:
+        concepts = json.loads(file.metadata()["loraclr.recipe"])["concepts"]
+    order = [*many[: MOST - 1], many[MOST], many[MOST - 1], *many[MOST + 2 :], PANDA]
+    words = {name: f"word{name[-2:]}" for name in many} | {many[1]: "second", many[MOST]: "first of the others"}
+    assert [Path(concept["file"]).stem for concept in concepts] == order
+    assert [concept["trigger"] for concept in concepts[:-1]] == [words[name] for name in order[:-1]]
+    assert [concept["weight"] for concept in concepts] == [0.5 if name == many[2] else 1.0 for name in order]
+    for _ in range(len(order) - MOST):
+        tab.page.locator("#loraclr_remove_1").click()
+        tab.settle()
+    assert not place.is_visible()
+    assert len(tab.names()) == MOST
 
 
 def test_a_row(tab: Page) -> None:
