@@ -25,6 +25,11 @@ def is_cross_kv(name: str) -> bool:
     return name.endswith(("attn2_to_k", "attn2_to_v"))
 
 
+def reads_text(name: str) -> bool:
+    """Whether a layer's input is text: one of a text encoder's, or a cross-attention key or value projection."""
+    return is_text(name) or is_cross_kv(name)
+
+
 _FUSABLE = re.compile(r"(.+_(?:attn1_to|self_attn))_[qkv](_proj)?")
 
 

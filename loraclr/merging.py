@@ -64,7 +64,7 @@ class Settings:
             the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
-        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
+        scenes: pictures of two concepts to learn from, for each concept: side by side, and things in styles.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
@@ -153,19 +153,23 @@ def merge(
 
 def work(host: Host, concepts: Sequence[Concept], settings: Settings) -> float:
     """How much a merge is to do, in rows through the UNet; more if its layers do not fit into memory at once."""
-    texts, plan = _texts(concepts, settings), _plan(concepts, settings)
-    return _work(texts, len(plan), settings, _rows(settings.size or host.size))[1]
+    return _work(_texts(concepts, settings), *_plan(concepts, settings), settings, _rows(settings.size or host.size))[1]
 
 
 def _work(
-    texts: Sequence[Sequence[str]], pairs: int, settings: Settings, rows: int, passes: int = 1
+    texts: Sequence[Sequence[str]],
+    beside: Sequence[scenes.Scene],
+    styled: Sequence[scenes.Styled],
+    settings: Settings,
+    rows: int,
+    passes: int = 1,
 ) -> tuple[float, float]:
     """Rows through the UNet: for all pictures that are looked at, and for the whole merge.
 
     A step of polish also goes backwards, which counts twice.
     """
-    again = (passes - 1) * sum(map(len, texts))
-    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
+    again, joint = (passes - 1) * sum(map(len, texts)), 2 * len(beside) + sum(len(each.prompts) for each in styled)
+    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + joint) * settings.steps
     return drawn, 1.1 * drawn + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
@@ -181,10 +185,12 @@ def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     return [*own, prompts.kept(settings.neutral_prompts, thorough)]
 
 
-def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
-    """The pictures of two concepts; styles take no part."""
-    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
-    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
+def _plan(concepts: Sequence[Concept], settings: Settings) -> tuple[list[scenes.Scene], list[scenes.Styled]]:
+    """The pictures of two concepts: of things side by side, and of things in styles."""
+    count = settings.scenes * len(concepts) if settings.speed != "closed" else 0
+    things = [None if concept.kind == "style" else concept.trigger for concept in concepts]
+    styles = [concept.trigger if concept.kind == "style" else None for concept in concepts]
+    return scenes.plan(things, count), scenes.styled(things, styles, count)
 
 
 def _rows(size: int) -> int:
@@ -216,12 +222,12 @@ class _Run:
             *(concept.changes(live) for concept in concepts),
             {},
         ]
-        self.plan = _plan(concepts, settings)
+        self.beside, self.styled = _plan(concepts, settings)
         self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
         for place, lora in enumerate(concept.lora for concept in concepts):
             if lora.layer_embeddings:
                 own, texts = self.asked[place], self.texts[place]
-                drawn = [*texts, *scenes.asked_of(place, self.plan), ""]
+                drawn = [*texts, *scenes.asked_of(place, self.beside), ""]
                 self.trained[place] = own, folding.read(host, live, lora, own, drawn)
                 self.asked[place] = folding.folded(host, live, lora, own, texts)
         touched = {name for changes in self.asked for name in changes}
@@ -240,7 +246,7 @@ class _Run:
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
-        drawn, self.whole = _work(self.texts, len(self.plan), settings, self.rows, len(self.passes))
+        drawn, self.whole = _work(self.texts, self.beside, self.styled, settings, self.rows, len(self.passes))
         self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
 
@@ -277,13 +283,13 @@ class _Run:
 
     def look(self, place: int, layers: Collection[str]) -> None:
         """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
-        texts = self.texts[place]
+        stage, texts = f"Looking at {self.names[place]}", self.texts[place]
         with self.acting(place), torch.no_grad():
             with self.watching(place, layers.__contains__):
-                bank = self.draw(place, texts, 0)
+                bank = self.draw(stage, texts, 0)
             if len(self.banks) == place:  # else this is a further pass, which draws the same
                 self.banks.append(bank)
-                self.held.append(self.draw(place, texts[:1], len(texts)))
+                self.held.append(self.draw(stage, texts[:1], len(texts)))
 
     @contextmanager
     def acting(self, place: int) -> Iterator[None]:
@@ -294,7 +300,7 @@ class _Run:
 
     def in_passes(self) -> list[list[str]]:
         """The layers that read the picture, in parts whose Gram matrices fit into memory; each part is drawn for."""
-        names = [name for name in self.modules if not (capture.is_text(name) or capture.is_cross_kv(name))]
+        names = [name for name in self.modules if not capture.reads_text(name)]
         passes: list[list[str]] = [[]]
         room = HELD
         for group in capture.same_inputs(names):
@@ -307,21 +313,26 @@ class _Run:
         return passes
 
     def compose(self) -> None:
-        """Draw several concepts in one picture, each region by its own LoRA."""
-        settings, host = self.settings, self.host
-        for begin in range(0, len(self.plan), settings.batch):
-            part, seed = self.plan[begin : begin + settings.batch], settings.seed + 1000 + begin
-            self.tick(stage := "Looking at two in one picture")
+        """Draw two concepts in one picture: each half by its own LoRA, or a thing in a style by both LoRAs."""
+        settings, host, stage = self.settings, self.host, "Looking at two in one picture"
+        for begin in range(0, len(self.beside), settings.batch):
+            part, seed = self.beside[begin : begin + settings.batch], settings.seed + 1000 + begin
+            self.tick(stage)
             bank, _ = scenes.draw(
                 host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
                 lambda rows: self.tick(stage, rows),
             )  # fmt: skip
             self.joint.append(bank)
+        first = 2000
+        for both in self.styled:
+            thing, style = self.asked[both.thing], self.asked[both.style]
+            with capture.applied(self.modules, thing), capture.applied(self.modules, style), torch.no_grad():
+                self.joint.append(self.draw(stage, both.prompts, first))
+            first += len(both.prompts)
 
-    def draw(self, place: int, texts: list[str], first: int) -> Bank:
+    def draw(self, stage: str, texts: Sequence[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
-        stage, settings = f"Looking at {self.names[place]}", self.settings
-        bank = Bank([*texts, ""])
+        settings, bank = self.settings, Bank([*texts, ""])
         record = capture.filing(bank, self.host.encode(bank.prompts))
 
         def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
@@ -331,7 +342,7 @@ class _Run:
         with self.host.watch(tell):
             for begin in range(0, len(texts), settings.batch):
                 self.tick(stage)
-                part, seed = texts[begin : begin + settings.batch], settings.seed + first + begin
+                part, seed = list(texts[begin : begin + settings.batch]), settings.seed + first + begin
                 self.host.sample(part, seed, settings.steps, settings.guidance, self.size, self.size)
         return bank
 
@@ -390,7 +401,8 @@ class _Run:
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
-            if isinstance(statistics, Statistics) and self.whitens:
+            # What words nobody asked for say is not in the Gram matrix of texts; whitening would let it change most.
+            if isinstance(statistics, Statistics) and self.whitens and not capture.reads_text(name):
                 gram = statistics.gram
                 known = whitenings.get(id(gram)) or whitening(gram, self.settings.directions, self.host.device)
                 whitenings[id(gram)] = self.whitenings[name] = known
@@ -404,7 +416,8 @@ class _Run:
         if not steps:
             return before, before
         shares = [1.0] * concepts + [self.settings.neutral * concepts]
-        shares += [self.settings.binding * concepts / len(self.joint)] * len(self.joint) if self.joint else []
+        both = sum(map(len, self.joint))
+        shares += [self.settings.binding * concepts * len(bank) / both for bank in self.joint]
         banks = [*self.banks, *self.joint]
         # Norm layers take part as they are: they have no factors.
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
