@@ -43,6 +43,7 @@ HELD = 10e9
 #: Steps of the polish for up to `FEW` concepts.
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
 FEW = 4
+REVISITED = 2  # every so many of a concept's prompts are drawn again on the way
 
 
 def polish_steps(speed: Speed, concepts: int) -> int:
@@ -170,7 +171,8 @@ def _work(
     """
     again, joint = (passes - 1) * sum(map(len, texts)), 2 * len(beside) + sum(len(each.prompts) for each in styled)
     drawn = 2 * (sum(len(each) + 1 for each in texts) + again + joint) * settings.steps
-    return drawn, 1.1 * drawn + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
+    again = 4 * sum(len(each[::REVISITED]) for each in texts) * settings.steps if _thorough(settings) else 0
+    return drawn, 1.1 * drawn + again + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
 def _thorough(settings: Settings) -> bool:
@@ -415,36 +417,61 @@ class _Run:
         before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before
-        shares = [1.0] * concepts + [self.settings.neutral * concepts]
-        both = sum(map(len, self.joint))
-        shares += [self.settings.binding * concepts * len(bank) / both for bank in self.joint]
-        banks = [*self.banks, *self.joint]
         # Norm layers take part as they are: they have no factors.
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
         if factors:
-            with capture.applied(self.modules, norms):
-                factors = polish(
-                    self.host, self.modules, factors, banks, shares, steps, self.rows, self.settings.seed,
-                    lambda step, loss: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-                    1 if self.size > SEVERAL else None,
-                    self.whitenings, self.settings.guidance,
-                    self.settings.guided if _thorough(self.settings) else 0.0, self.held_out(norms),
-                )  # fmt: skip
+            factors = self.polished(norms, factors, steps)
         after = missed(self.host, self.modules, norms | factors, self.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):
             return before, before  # so few steps may lead away: what they began with is better
         self.merged = norms | factors
         return before, after
 
-    def held_out(self, norms: Changes) -> Callable[[Changes], float]:
-        """What factors miss of the concepts' effects on the pictures kept aside, on some of their rows, on average."""
+    def polished(self, norms: Changes, factors: Changes, steps: int) -> Changes:
+        """Factors after `steps` steps, in a thorough merge in two parts: the second sees the merged LoRA's own runs."""
+        settings, thorough, concepts = self.settings, _thorough(self.settings), len(self.banks) - 1
+        alone, both = [1.0] * concepts + [settings.neutral * concepts], sum(map(len, self.joint))
+        shares = [*alone, *(settings.binding * concepts * len(bank) / both for bank in self.joint)]
+        banks, done = [*self.banks, *self.joint], 0
+        for part in (steps - steps // 3, steps // 3) if thorough else (steps,):
+            if done:
+                banks, shares = [*banks, *self.revisited(norms | factors)], [*shares, *alone]
+            with capture.applied(self.modules, norms):
+                factors = polish(
+                    self.host, self.modules, factors, banks, shares, part, self.rows, settings.seed + done,
+                    lambda step, _, done=done: self.tick(f"Polishing, step {done + step} of {steps}", 3 * self.rows),
+                    1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
+                    settings.guided if thorough else 0.0, self.held_out,
+                )  # fmt: skip
+            done += part
+        return factors
+
+    @torch.no_grad()
+    def revisited(self, merged: Changes) -> list[Bank]:
+        """What each concept's own LoRA predicts where the merged one's pictures lead (Ross et al. 2011, DAgger).
+
+        A merged LoRA that errs in the first steps comes to places that no teacher's own run has seen.
+        """
+        banks = []
+        for place, texts in enumerate(self.texts):
+            with capture.applied(self.modules, merged):
+                bank = self.draw(f"Looking at {self.names[place]} again", texts[::REVISITED], 3000)
+            with self.acting(place):
+                contexts = self.host.encode(bank.prompts)
+                for begin in range(0, len(bank), self.rows):
+                    some = slice(begin, begin + self.rows)
+                    x, t = (torch.stack(values[some]).to(self.host.device) for values in (bank.x, bank.t))
+                    predicted = self.host.predict(x, t, contexts[bank.prompt[some]])
+                    bank.prediction[some] = list(predicted.to(bank.prediction[begin]))
+                    self.tick(f"Looking at {self.names[place]} again", len(x))
+            banks.append(bank)
+        return banks
+
+    def held_out(self, factors: Changes) -> float:
+        """What factors miss of the concepts' effects on some of the pictures kept aside, summed; norm layers act."""
         some = [bank.thinned(3) for bank in self.held]
-
-        def missing(factors: Changes) -> float:
-            return sum(missed(self.host, self.modules, norms | factors, some, self.rows)[:-1])
-
-        return missing
+        return sum(missed(self.host, self.modules, factors, some, self.rows)[:-1])
 
     def reasons(self, left: Sequence[float]) -> list[str]:
         """Why some concepts stay weak, and what to try; `left` is what is missed of each."""

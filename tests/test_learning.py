@@ -1,0 +1,83 @@
+"""What the polish of a merge learns from, besides each concept's own pictures, on a toy host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import ToyHost, toy_lora
+
+from loraclr import capture
+from loraclr.capture import Bank, Changes, applied
+from loraclr.concept import Concept
+from loraclr.merging import REVISITED, Settings, _Run, by_closed_form, merge, polish_steps
+
+THING, STYLE = "sks", "ink style"
+
+
+def begun(host: ToyHost, speed: str = "fast") -> _Run:
+    concepts = [Concept(toy_lora(host, "thing", 1), THING), Concept(toy_lora(host, "style", 2), STYLE, kind="style")]
+    return _Run(host, concepts, Settings(speed=speed, steps=2), lambda *_: None, by_closed_form)
+
+
+def away(host: ToyHost, bank: Bank, *acting: Changes) -> float:
+    """How far a bank is from what the host predicts with these changes, at most."""
+    layers, found = host.layers(), []
+    for x, t, prompt, prediction in zip(bank.x, bank.t, bank.prompt, bank.prediction, strict=True):
+        changes = {f"{place} {name}": pair for place, one in enumerate(acting) for name, pair in one.items()}
+        modules = {f"{place} {name}": layers[name] for place, one in enumerate(acting) for name in one}
+        with torch.no_grad(), applied(modules, changes):
+            wanted = host.predict(x[None], t[None], host.encode([bank.prompts[prompt]]))[0]
+        found.append(float((prediction - wanted).abs().max()))
+    return max(found)
+
+
+def test_a_thing_in_a_style_is_drawn_by_both_loras() -> None:
+    run = begun(host := ToyHost())
+    assert not run.beside  # there is one thing only
+    run.compose()
+    (bank,) = run.joint
+    assert len(bank.prompts) == 1 + 2 * run.settings.scenes
+    assert all(THING in prompt and prompt.endswith(f" in {STYLE}") for prompt in bank.prompts[:-1])
+    thing, style, _ = run.asked
+    assert away(host, bank, thing, style) < 1e-5
+    assert min(away(host, bank, thing), away(host, bank, style), away(host, bank)) > 1e-3
+
+
+def test_later_steps_see_where_the_merged_loras_pictures_lead() -> None:
+    """The places are its own, the predictions each concept's, and the base's for what must not change."""
+    run = begun(host := ToyHost(), "balanced")
+    merged = {name: (2 * up, down) for name, (up, down) in run.asked[0].items()}
+    drawn: list[torch.Tensor] = []
+    with applied(host.layers(), merged), host.watch(lambda x, *_: drawn.extend(x)):
+        host.sample(run.texts[0][: 4 * REVISITED : REVISITED], 3000, 2, run.settings.guidance, host.size, host.size)
+    banks = run.revisited(merged)
+    assert [bank.prompts for bank in banks] == [[*texts[::REVISITED], ""] for texts in run.texts]
+    assert max(away(host, bank, changes) for bank, changes in zip(banks, run.asked, strict=True)) < 1e-5
+    assert min(away(host, bank, merged) for bank in banks) > 1e-3
+    assert all(any(torch.equal(x, seen) for seen in banks[0].x) for x in drawn)
+
+
+@pytest.mark.parametrize("speed", ["fast", "balanced"])
+def test_only_thorough_merges_draw_again_and_all_steps_are_told(speed: str) -> None:
+    host, told = ToyHost(), []
+    merge(host, begun(host).concepts, Settings(speed=speed, steps=2), lambda *now: told.append(now))
+    again = [place for place, (stage, _, _) in enumerate(told) if stage.endswith(" again")]
+    steps = [(place, stage) for place, (stage, _, _) in enumerate(told) if stage.startswith("Polishing")]
+    last = polish_steps(speed, 2)
+    assert [stage for _, stage in steps] == [f"Polishing, step {step} of {last}" for step in range(1, last + 1)]
+    assert bool(again) == (speed == "balanced")
+    if again:
+        assert sum(place < again[0] for place, _ in steps) == last - last // 3
+    assert [share for _, share, _ in told] == sorted(share for _, share, _ in told)
+    assert told[steps[-1][0]][1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_layers_that_read_text_are_trained_as_they_are() -> None:
+    run = begun(ToyHost())
+    run.fit_text()
+    run.fit_cross_attention()
+    for layers in run.passes:
+        for place in range(len(run.texts)):
+            run.look(place, layers)
+        run.solve("")
+    assert run.whitenings.keys() == {name for name in run.merged if not capture.reads_text(name)}
