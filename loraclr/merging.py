@@ -43,7 +43,6 @@ HELD = 10e9
 #: Steps of the polish for up to `FEW` concepts.
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
 FEW = 4
-REVISITED = 2  # every so many of a concept's prompts are drawn again on the way
 
 
 def polish_steps(speed: Speed, concepts: int) -> int:
@@ -68,6 +67,8 @@ class Settings:
         scenes: pictures of two concepts to learn from, for each concept: side by side, and things in styles.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
+        revisit: every so many of a concept's prompts are drawn again, by the merged LoRA as it then is, for the last
+            third of the polish; 0: none; not in a fast merge.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
@@ -84,6 +85,7 @@ class Settings:
     scenes: int = 2
     binding: float = 0.5
     guided: float = 0.3
+    revisit: int = 2
     directions: int = 64
     ridge: float = 1e-3
     margin: float = 0.5
@@ -171,13 +173,18 @@ def _work(
     """
     again, joint = (passes - 1) * sum(map(len, texts)), 2 * len(beside) + sum(len(each.prompts) for each in styled)
     drawn = 2 * (sum(len(each) + 1 for each in texts) + again + joint) * settings.steps
-    again = 4 * sum(len(each[::REVISITED]) for each in texts) * settings.steps if _thorough(settings) else 0
-    return drawn, 1.1 * drawn + again + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
+    revisited = 4 * sum(len(each[:: settings.revisit]) for each in texts) * settings.steps if _revisits(settings) else 0
+    return drawn, 1.1 * drawn + revisited + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
 
 def _thorough(settings: Settings) -> bool:
     """Whether a merge takes more steps than a quick one, and so needs more to learn from."""
     return POLISH_STEPS[settings.speed] > POLISH_STEPS["fast"]
+
+
+def _revisits(settings: Settings) -> bool:
+    """Whether a polish looks again at what the merged LoRA itself draws."""
+    return settings.revisit > 0 and _thorough(settings)
 
 
 def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
@@ -429,12 +436,12 @@ class _Run:
         return before, after
 
     def polished(self, norms: Changes, factors: Changes, steps: int) -> Changes:
-        """Factors after `steps` steps, in a thorough merge in two parts: the second sees the merged LoRA's own runs."""
+        """Factors after `steps` steps, in two parts where the second is to see the merged LoRA's own runs, too."""
         settings, thorough, concepts = self.settings, _thorough(self.settings), len(self.banks) - 1
         alone, both = [1.0] * concepts + [settings.neutral * concepts], sum(map(len, self.joint))
         shares = [*alone, *(settings.binding * concepts * len(bank) / both for bank in self.joint)]
         banks, done = [*self.banks, *self.joint], 0
-        for part in (steps - steps // 3, steps // 3) if thorough else (steps,):
+        for part in (steps - steps // 3, steps // 3) if _revisits(settings) else (steps,):
             if done:
                 banks, shares = [*banks, *self.revisited(norms | factors)], [*shares, *alone]
             with capture.applied(self.modules, norms):
@@ -456,7 +463,7 @@ class _Run:
         banks = []
         for place, texts in enumerate(self.texts):
             with capture.applied(self.modules, merged):
-                bank = self.draw(f"Looking at {self.names[place]} again", texts[::REVISITED], 3000)
+                bank = self.draw(f"Looking at {self.names[place]} again", texts[:: self.settings.revisit], 3000)
             with self.acting(place):
                 contexts = self.host.encode(bank.prompts)
                 for begin in range(0, len(bank), self.rows):
