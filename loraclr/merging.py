@@ -64,7 +64,7 @@ class Settings:
             the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
-        scenes: pictures of two concepts to learn from, for each concept: side by side, and things in styles.
+        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         revisit: every so many of a concept's prompts are drawn again, by the merged LoRA as it then is, for the last
@@ -156,23 +156,19 @@ def merge(
 
 def work(host: Host, concepts: Sequence[Concept], settings: Settings) -> float:
     """How much a merge is to do, in rows through the UNet; more if its layers do not fit into memory at once."""
-    return _work(_texts(concepts, settings), *_plan(concepts, settings), settings, _rows(settings.size or host.size))[1]
+    texts, plan = _texts(concepts, settings), _plan(concepts, settings)
+    return _work(texts, len(plan), settings, _rows(settings.size or host.size))[1]
 
 
 def _work(
-    texts: Sequence[Sequence[str]],
-    beside: Sequence[scenes.Scene],
-    styled: Sequence[scenes.Styled],
-    settings: Settings,
-    rows: int,
-    passes: int = 1,
+    texts: Sequence[Sequence[str]], pairs: int, settings: Settings, rows: int, passes: int = 1
 ) -> tuple[float, float]:
     """Rows through the UNet: for all pictures that are looked at, and for the whole merge.
 
     A step of polish also goes backwards, which counts twice.
     """
-    again, joint = (passes - 1) * sum(map(len, texts)), 2 * len(beside) + sum(len(each.prompts) for each in styled)
-    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + joint) * settings.steps
+    again = (passes - 1) * sum(map(len, texts))
+    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
     revisited = 4 * sum(len(each[:: settings.revisit]) for each in texts) * settings.steps if _revisits(settings) else 0
     return drawn, 1.1 * drawn + revisited + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
 
@@ -194,12 +190,10 @@ def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     return [*own, prompts.kept(settings.neutral_prompts, thorough)]
 
 
-def _plan(concepts: Sequence[Concept], settings: Settings) -> tuple[list[scenes.Scene], list[scenes.Styled]]:
-    """The pictures of two concepts: of things side by side, and of things in styles."""
-    count = settings.scenes * len(concepts) if settings.speed != "closed" else 0
-    things = [None if concept.kind == "style" else concept.trigger for concept in concepts]
-    styles = [concept.trigger if concept.kind == "style" else None for concept in concepts]
-    return scenes.plan(things, count), scenes.styled(things, styles, count)
+def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
+    """The pictures of two concepts; styles take no part."""
+    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
+    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
 
 
 def _rows(size: int) -> int:
@@ -231,12 +225,12 @@ class _Run:
             *(concept.changes(live) for concept in concepts),
             {},
         ]
-        self.beside, self.styled = _plan(concepts, settings)
+        self.plan = _plan(concepts, settings)
         self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
         for place, lora in enumerate(concept.lora for concept in concepts):
             if lora.layer_embeddings:
                 own, texts = self.asked[place], self.texts[place]
-                drawn = [*texts, *scenes.asked_of(place, self.beside), ""]
+                drawn = [*texts, *scenes.asked_of(place, self.plan), ""]
                 self.trained[place] = own, folding.read(host, live, lora, own, drawn)
                 self.asked[place] = folding.folded(host, live, lora, own, texts)
         touched = {name for changes in self.asked for name in changes}
@@ -249,13 +243,12 @@ class _Run:
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
-        self.whitens = settings.directions > 0 and POLISH_STEPS[settings.speed] > 0
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
-        drawn, self.whole = _work(self.texts, self.beside, self.styled, settings, self.rows, len(self.passes))
+        drawn, self.whole = _work(self.texts, len(self.plan), settings, self.rows, len(self.passes))
         self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
 
@@ -322,22 +315,16 @@ class _Run:
         return passes
 
     def compose(self) -> None:
-        """Draw two concepts in one picture: each half by its own LoRA, or a thing in a style by both LoRAs."""
+        """Draw two concepts in one picture, each half by its own LoRA."""
         settings, host, stage = self.settings, self.host, "Looking at two in one picture"
-        for begin in range(0, len(self.beside), settings.batch):
-            part, seed = self.beside[begin : begin + settings.batch], settings.seed + 1000 + begin
+        for begin in range(0, len(self.plan), settings.batch):
+            part, seed = self.plan[begin : begin + settings.batch], settings.seed + 1000 + begin
             self.tick(stage)
             bank, _ = scenes.draw(
                 host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
                 lambda rows: self.tick(stage, rows),
             )  # fmt: skip
             self.joint.append(bank)
-        first = 2000
-        for both in self.styled:
-            thing, style = self.asked[both.thing], self.asked[both.style]
-            with capture.applied(self.modules, thing), capture.applied(self.modules, style), torch.no_grad():
-                self.joint.append(self.draw(stage, both.prompts, first))
-            first += len(both.prompts)
 
     def draw(self, stage: str, texts: Sequence[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
@@ -410,12 +397,21 @@ class _Run:
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
-            # What words nobody asked for say is not in the Gram matrix of texts; whitening would let it change most.
-            if isinstance(statistics, Statistics) and self.whitens and not capture.reads_text(name):
+            if isinstance(statistics, Statistics) and self.whitens(name):
                 gram = statistics.gram
                 known = whitenings.get(id(gram)) or whitening(gram, self.settings.directions, self.host.device)
                 whitenings[id(gram)] = self.whitenings[name] = known
         self.statistics = {}
+
+    def whitens(self, name: str) -> bool:
+        """Whether the polish is to train a layer in white coordinates.
+
+        In those of texts, words that nobody asked for have next to no energy, so that whitening would let what they say
+        change most. A fast merge bears that: it has few steps, and needs them to go far.
+        """
+        settings = self.settings
+        text = _thorough(settings) and capture.reads_text(name)
+        return settings.directions > 0 and POLISH_STEPS[settings.speed] > 0 and not text
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""

@@ -57,14 +57,6 @@ PAIR = (
     "a {} and a {} on a green background",
     "a {} and a {} on a gray background",
 )
-STYLED = (
-    "a {} in {}",
-    "a {} on a red background in {}",
-    "a {} on a white background in {}",
-    "a {} on a blue background in {}",
-    "a {} on a green background in {}",
-    "a {} on a gray background in {}",
-)
 STAND_INS = ("cat", "dog")  # for a concept on the left or right that a LoRA does not know
 NEUTRAL = (
     "a photo of a dog",

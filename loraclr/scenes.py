@@ -1,9 +1,8 @@
 """Scenes of several concepts, drawn by their own LoRAs together: what the merged LoRA learns two in one picture from.
 
 No LoRA of one concept can show two. But each can draw its own region of a picture: at every step the regions'
-predictions, each by the LoRA of its concept, are put together into one (regional sampling, as in Mix-of-Show). A thing
-in a style has no regions; there both LoRAs act at once, which two of them bear, unlike many. What is predicted on the
-way, for the prompt that names both concepts, is one more teacher for the polish.
+predictions, each by the LoRA of its concept, are put together into one (regional sampling, as in Mix-of-Show). What is
+predicted on the way, for the prompt that names both concepts, is one more teacher for the polish.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from loraclr.capture import Bank
 from loraclr.hosts import Host
-from loraclr.prompts import PAIR, STAND_INS, STYLED
+from loraclr.prompts import PAIR, STAND_INS
 
 
 @dataclass(frozen=True)
@@ -53,34 +52,6 @@ def plan(triggers: Sequence[str | None], count: int) -> list[Scene]:
         halves = template.format(a, STAND_INS[1]), template.format(STAND_INS[0], b)
         scenes.append(Scene(left, right, template.format(a, b), halves))
     return scenes
-
-
-@dataclass(frozen=True)
-class Styled:
-    """Pictures of one concept in the style of another.
-
-    Attributes:
-        thing, style: numbers of the concepts.
-        prompts: name both.
-    """
-
-    thing: int
-    style: int
-    prompts: tuple[str, ...]
-
-
-def styled(things: Sequence[str | None], styles: Sequence[str | None], count: int) -> list[Styled]:
-    """`count` pictures of things in styles, all pairs in turn.
-
-    Args:
-        things, styles: triggers of each concept; without one a concept takes no part.
-    """
-    pairs = list(itertools.product(*([place for place, word in enumerate(one) if word] for one in (things, styles))))
-    asked: dict[tuple[int, int], list[str]] = {}
-    for number in range(count if pairs else 0):
-        thing, style = pair = pairs[number % len(pairs)]
-        asked.setdefault(pair, []).append(STYLED[number % len(STYLED)].format(things[thing], styles[style]))
-    return [Styled(*pair, tuple(dict.fromkeys(texts))) for pair, texts in asked.items()]
 
 
 def asked_of(concept: int, scenes: Sequence[Scene]) -> list[str]:

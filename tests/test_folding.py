@@ -139,8 +139,8 @@ def test_what_a_merge_learns_from_is_drawn_with_each_layers_embedding() -> None:
     (pictures,), (joint,) = run.banks, run.joint
     seen = [(pictures, entry, pictures.prompts[n], slice(None)) for entry, n in enumerate(pictures.prompt)]
     for entry, number in enumerate(joint.prompt):
-        if number < len(run.beside):
-            scene, left = run.beside[number], run.beside[number].left == 0
+        if number < len(run.plan):
+            scene, left = run.plan[number], run.plan[number].left == 0
             region = slice(0, joint.x[entry].shape[-1] // 2) if left else slice(joint.x[entry].shape[-1] // 2, None)
             seen.append((joint, entry, scene.halves[not left], region))
     assert len(seen) > len(pictures) + 4

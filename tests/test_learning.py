@@ -19,28 +19,12 @@ def begun(host: ToyHost, speed: str = "fast") -> _Run:
     return _Run(host, concepts, Settings(speed=speed, steps=2), lambda *_: None, by_closed_form)
 
 
-def away(host: ToyHost, bank: Bank, *acting: Changes) -> float:
+def away(host: ToyHost, bank: Bank, changes: Changes) -> float:
     """How far a bank is from what the host predicts with these changes, at most."""
-    layers, found = host.layers(), []
-    for x, t, prompt, prediction in zip(bank.x, bank.t, bank.prompt, bank.prediction, strict=True):
-        changes = {f"{place} {name}": pair for place, one in enumerate(acting) for name, pair in one.items()}
-        modules = {f"{place} {name}": layers[name] for place, one in enumerate(acting) for name in one}
-        with torch.no_grad(), applied(modules, changes):
-            wanted = host.predict(x[None], t[None], host.encode([bank.prompts[prompt]]))[0]
-        found.append(float((prediction - wanted).abs().max()))
-    return max(found)
-
-
-def test_a_thing_in_a_style_is_drawn_by_both_loras() -> None:
-    run = begun(host := ToyHost())
-    assert not run.beside  # there is one thing only
-    run.compose()
-    (bank,) = run.joint
-    assert len(bank.prompts) == 1 + 2 * run.settings.scenes
-    assert all(THING in prompt and prompt.endswith(f" in {STYLE}") for prompt in bank.prompts[:-1])
-    thing, style, _ = run.asked
-    assert away(host, bank, thing, style) < 1e-5
-    assert min(away(host, bank, thing), away(host, bank, style), away(host, bank)) > 1e-3
+    with torch.no_grad(), applied(host.layers(), changes):
+        context = host.encode([bank.prompts[prompt] for prompt in bank.prompt])
+        wanted = host.predict(torch.stack(bank.x), torch.stack(bank.t), context)
+    return float((torch.stack(bank.prediction) - wanted).abs().max())
 
 
 def test_later_steps_see_where_the_merged_loras_pictures_lead() -> None:
@@ -72,12 +56,13 @@ def test_only_thorough_merges_draw_again_and_all_steps_are_told(speed: str, revi
     assert told[steps[-1][0]][1] == pytest.approx(1.0, abs=0.01)
 
 
-def test_layers_that_read_text_are_trained_as_they_are() -> None:
-    run = begun(ToyHost())
+@pytest.mark.parametrize("speed", ["fast", "balanced"])
+def test_thorough_merges_train_layers_that_read_text_as_they_are(speed: str) -> None:
+    run = begun(ToyHost(), speed)
     run.fit_text()
     run.fit_cross_attention()
     for layers in run.passes:
         for place in range(len(run.texts)):
             run.look(place, layers)
         run.solve("")
-    assert run.whitenings.keys() == {name for name in run.merged if not capture.reads_text(name)}
+    assert run.whitenings.keys() == {name for name in run.merged if speed == "fast" or not capture.reads_text(name)}

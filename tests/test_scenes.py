@@ -37,18 +37,6 @@ def test_one_thing_alone_has_no_scenes() -> None:
     assert scenes.plan(["sks", None], 4) == []
 
 
-def test_things_and_styles_come_together_in_turn() -> None:
-    plan = scenes.styled(["sks", None, "", "kts"], [None, "ink", None, None], 4)
-    assert [(one.thing, one.style, len(one.prompts)) for one in plan] == [(0, 1, 2), (3, 1, 2)]
-    for one, word in zip(plan, ("sks", "kts"), strict=True):
-        assert len(set(one.prompts)) == 2
-        assert all(text.startswith(f"a {word}") and text.endswith(" in ink") for text in one.prompts)
-
-
-def test_without_a_word_for_it_nothing_is_drawn_in_a_style() -> None:
-    assert scenes.styled(["sks", None], [None, ""], 4) == scenes.styled(["sks", "zyk"], [None, None], 4) == []
-
-
 def test_each_half_is_predicted_by_its_own_lora() -> None:
     host = ToyHost()
     asked = [changes_of(toy_lora(host, name, seed), host.layers()) for seed, name in enumerate(("a", "b"), start=1)]
