@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from loraclr import formats
+from loraclr.blocks import block
+from loraclr.changes import changes_of
 from loraclr.formats import BOFT, IA3, OFT, Change, DoRA, GLoRA, Layer, LoHa, LoKr
 from loraclr.lora import LoRAFormatError, parse
 
@@ -119,6 +121,30 @@ def test_full_kronecker_product_and_glora_are_rank_stabilised_where_the_metadata
         module = trained(algorithm, layer, rs_lora=True, **options)
         assert away(read(LINEAR, module, STABILISED).delta(layer.weight), added(layer, module)) < 1e-5
         assert away(read(LINEAR, module).delta(layer.weight), added(layer, module)) > 0.1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "DoRA", "DoRA on input", "DoRA of LoHa", "DoRA of LoKr", "set"])
+def test_strength_is_linear_and_apart_for_unet_and_text_encoder(algorithm: str, kind: str) -> None:
+    """Below 0 and above 1, with a block's weight on top, for every kind of layer."""
+    stem, make = LAYERS[kind]
+    layer, text = make(), "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    if algorithm == "set":
+        tensors = {f"{stem}.set_weight": torch.randn_like(layer.weight)}
+    else:
+        plain = {"DoRA of LoHa": "LoHa", "DoRA of LoKr": "LoKr"}.get(algorithm, algorithm.replace("DoRA", "LoRA")[:5])
+        options = {"weight_decompose": True, "wd_on_out": "input" not in algorithm} if "DoRA" in algorithm else {}
+        tensors = written(stem, trained(plain.strip(), layer, **({"lora_dim": 4} | options)))
+    lora = parse(tensors | {key.replace(stem, text): tensor for key, tensor in tensors.items()}, {}, "x")
+    delta = lora.layers[stem].delta(layer.weight)
+    assert isinstance(lora.layers[stem], DoRA) == ("DoRA" in algorithm) and delta.norm() > 0
+    blocks = {block(stem, "sd1"): 1.5, "BASE": -3.0}
+    for weight, text_weight in ((-0.5, None), (1.7, -2.0), (0.3, 4.0)):
+        changes = changes_of(lora, dict.fromkeys((stem, text), layer), weight, text_weight, blocks)
+        for name, share in ((stem, 1.5 * weight), (text, -3.0 * (weight if text_weight is None else text_weight))):
+            up, down = changes[name]
+            found = (up @ down[:, : layer.weight[0].numel()]).reshape(layer.weight.shape)
+            assert away(found, share * delta) < 1e-5
 
 
 def test_lokr_and_loha_give_thin_factors_where_there_are_such() -> None:

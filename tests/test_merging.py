@@ -14,7 +14,7 @@ from loraclr import files
 from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
-from loraclr.formats import IA3, OFT, Bias, DoRA, Full, LoKr, Norm
+from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
 from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, polish_steps, work
 from loraclr.recipe import read as recipe_of
@@ -48,18 +48,36 @@ def test_one_lora_merges_to_itself(weight: float, text_weight: float | None) -> 
     assert result.missed["one"][0] < 1e-4
 
 
-def test_layers_of_every_kind_merge_to_themselves_from_the_live_weights() -> None:
-    host = ToyHost()
-    names, modules = list(host.layers()), host.layers()
-    random = torch.Generator().manual_seed(3)
-    kinds = [
+def kinds_of_layers(modules, random: torch.Generator) -> dict[str, list]:
+    """Layers for the toy's eight inputs and outputs, in its order."""
+    names = list(modules)
+
+    def factors(*sizes: tuple[int, int]) -> list[torch.Tensor]:
+        return [torch.randn(*size, generator=random) for size in sizes]
+
+    first = [
         IA3(torch.randn(8, generator=random) * 0.3, on_input=True),
         OFT(torch.linalg.qr(torch.randn(2, 4, 4, generator=random)).Q, None),
         Full(torch.randn(8, 8, generator=random) * 0.2),
-        DoRA(toy_lora(host, "a", 1).layers[names[3]], modules[names[3]].weight.norm(dim=1) * 1.3),
-        LoKr(*(torch.randn(*size, generator=random) for size in ((2, 1), (1, 4), (4, 1), (1, 2))), 0.2, 1),
+        DoRA(toy_lora(ToyHost(), "a", 1).layers[names[3]], modules[names[3]].weight.norm(dim=1) * 1.3),
+        LoKr(*factors((2, 1), (1, 4), (4, 1), (1, 2)), 0.2, 1),
     ]
-    lora = LoRA("mixed", None, "sd1", dict(zip(names, kinds, strict=False)))
+    second = [
+        LoHa(*factors((8, 2), (2, 8), (8, 2), (2, 8)), 0.1),
+        BOFT(torch.linalg.qr(torch.randn(2, 2, 4, 4, generator=random)).Q, None),
+        GLoRA(*factors((8, 2), (2, 8), (8, 2), (2, 8)), 0.1),
+        Full(torch.randn(8, 8, generator=random), absolute=True),
+        DoRA(toy_lora(ToyHost(), "a", 1).layers[names[4]], modules[names[4]].weight.norm(dim=0) * 1.3, True),
+    ]
+    return {"first": first, "second": second}
+
+
+@pytest.mark.parametrize("part", ["first", "second"])
+def test_layers_of_every_kind_merge_to_themselves_from_the_live_weights(part: str) -> None:
+    host = ToyHost()
+    modules = host.layers()
+    kinds = kinds_of_layers(modules, torch.Generator().manual_seed(3))[part]
+    lora = LoRA("mixed", None, "sd1", dict(zip(modules, kinds, strict=False)))
     result = merge(host, [Concept(lora, "sks", weight=-0.5)], CLOSED)
     merged = {name: (layer.scale * layer.up, layer.down) for name, layer in result.layers.items()}
     assert merged.keys() == lora.layers.keys()

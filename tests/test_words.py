@@ -11,7 +11,7 @@ from toy import WIDTH, ToyHost, toy_lora
 from loraclr import files
 from loraclr.concept import Concept
 from loraclr.formats import Norm
-from loraclr.lora import LoRA
+from loraclr.lora import Layer, LoRA
 from loraclr.merging import Settings, merge
 from loraclr.result import Merge, write
 
@@ -62,6 +62,21 @@ def test_what_forge_does_not_know_is_at_most_twelve_keys_or_said(tmp_path) -> No
         assert bool(files.load(path).embeddings) == bundled
         found = sorted(" ".join(note.split()[:3]) for note in result.notes)
         assert found == sorted(["diffusers does not", *said])
+
+
+def test_a_word_of_sdxl_counts_for_each_of_its_encoders(tmp_path) -> None:
+    layers = {
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": Layer(torch.ones(4, 1), torch.ones(1, 2048), 1)
+    }
+    lora = LoRA("one", None, "sdxl", layers)
+    for count in (6, 7):
+        word = {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}
+        words = {f"w{number}": word for number in range(count)}
+        result = Merge("sdxl", [Concept(lora, "sks")], Settings(), layers=layers, words=words)
+        path = write(result, tmp_path / f"{count}.safetensors")
+        assert len(files.load(path).embeddings) == (6 if count == 6 else 0)
+        beside = tmp_path / f"{count} embeddings"
+        assert (len(list(beside.iterdir())) if beside.exists() else 0) == (0 if count == 6 else 7)
 
 
 @pytest.fixture(scope="module")
