@@ -59,6 +59,28 @@ def test_what_it_is_and_what_is_wrong(webui: Webui, tab: Tab) -> None:
         remove(webui, wrong, cut)
 
 
+def test_an_ed_lora_that_the_webui_does_not_list(webui: Webui, tab: Tab) -> None:
+    """A .pth file is in the list, and in the API's, with its own word as its trigger."""
+    stem = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    factors = {f"{stem}.lora_up.weight": torch.ones(320, 2), f"{stem}.lora_down.weight": torch.ones(2, 768)}
+    words = {"<potter1>": torch.ones(16, 768)}
+    path = webui.loras / "potter.pth"
+    torch.save({"params": {"new_concept_embedding": words, "text_encoder": {}, "unet": factors}}, path)
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+        tab.choose("potter.pth")
+        tab.settle()
+        assert "rank 2 · SD 1.x" in tab.facts(1)
+        assert tab.trigger(1).input_value() == "<potter1>"
+        assert "potter" not in {lora["name"].removesuffix(".pth") for lora in webui.ask("/sdapi/v1/loras")}
+        assert {"name": "potter.pth", "path": str(path), "family": "sd1"} in webui.ask("/loraclr/v1/loras")
+    finally:
+        path.unlink()
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+
+
 def test_only_the_loaded_family_unless_asked(webui: Webui, tab: Tab) -> None:
     """A LoRA that the webui knows to be of SDXL is listed on wish."""
     path = add(webui, "an xl", xl(), {"ss_base_model_version": "sdxl_base_v1-0"})
