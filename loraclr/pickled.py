@@ -29,7 +29,8 @@ def load(path: Path) -> dict:
     if "data.pkl" not in names or "constants.pkl" in names:
         raise LoRAFormatError(f"{path.name} is a zip file, but holds no tensors of a LoRA; choose a LoRA file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Not torch.load: the webui puts one of its own there, which gives None for what newer PyTorch has saved.
+        content = torch.serialization.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoRAFormatError(
             f"{path.name} holds more than tensors, which could run code, and is not read; convert it to .safetensors."

@@ -94,6 +94,12 @@ def zipped(**members: bytes) -> bytes:
     return content.getvalue()
 
 
+def test_a_host_that_replaces_torch_load_changes_nothing(tmp_path, monkeypatch):
+    path = save(edlora(), tmp_path / "x.pth")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: None)
+    assert files.load(path).triggers() == "<potter1>"
+
+
 def saved(content: object, **options: bool) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)

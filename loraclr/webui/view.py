@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST = 32  # rows of the form: gradio 3 cannot add components to a page
+MOST = 16  # rows of the form: gradio 3 cannot add components to a page, and each makes it slower
 KINDS = ("Subject", "Style")
 #: What a row asks for, and its value where there is no LoRA.
 FIELDS = {"trigger": "", "weight": 1.0, "text_weight": "", "kind": KINDS[0], "blocks": "", "prompts": ""}
