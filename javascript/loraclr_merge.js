@@ -139,6 +139,31 @@ function loraclrExplain() {
     }
 }
 
+// Pictures in the list to choose from, of those that are in sight: gradio lists words only. As the background, since
+// gradio fills a line with another LoRA's name when something is typed, and takes clicks on the line itself only.
+const loraclrInSight = new IntersectionObserver(function(entries) {
+    for (const {isIntersecting, target} of entries) {
+        if (!isIntersecting) continue;
+        const name = (target.getAttribute("aria-label") || target.textContent).split("\u2003·\u2003")[0];
+        target.style.backgroundImage = 'url("./loraclr/thumbnail?name=' + encodeURIComponent(name) + '")';
+    }
+});
+
+function loraclrShowPictures() {
+    const list = loraclrPart("loras");
+    if (!list || list.dataset.pictured) return;
+    list.dataset.pictured = "yes";
+    const look = function() {
+        for (const line of list.querySelectorAll("ul.options li")) {
+            if (line.dataset.pictured == line.getAttribute("aria-label")) continue;
+            line.dataset.pictured = line.getAttribute("aria-label");
+            loraclrInSight.unobserve(line);
+            loraclrInSight.observe(line); // tells at once whether it is in sight
+        }
+    };
+    new MutationObserver(look).observe(list, {childList: true, subtree: true, attributeFilter: ["aria-label"]});
+}
+
 onUiTabChange(function() {
     const tab = gradioApp().getElementById("tab_loraclr");
     if (tab && tab.style.display != "none") loraclrPart("look").click();
@@ -146,6 +171,7 @@ onUiTabChange(function() {
 
 onOptionsAvailable(function() {
     if (loraclrPart("buttons")) loraclrExplain();
+    loraclrShowPictures();
     const task = localGet("loraclr_task_id");
     if (!task || !loraclrPart("buttons")) return;
     loraclrFollow(task, 0, false);

@@ -14,7 +14,6 @@ from loraclr.webui.language import retell, say
 from loraclr.webui.surroundings import here
 
 TITLES: dict[Family, str] = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-_PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "avif")  # the webui's, in its order
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,12 @@ class Card:
         problem: why it cannot be read, one sentence; "" if it can.
         trigger: the words that most likely call it: the user's activation text, else what the file tells, else "".
         megabytes: its size in units of 2^20 bytes.
-        thumbnail: the picture beside it, if there is one.
     """
 
     lora: LoRA | None
     problem: str
     trigger: str
     megabytes: float
-    thumbnail: Path | None
 
     @property
     def facts(self) -> str:
@@ -83,9 +80,7 @@ def _card(path: Path, *_: int) -> Card:
         problem = " ".join(str(error).split())
     noted = here().notes(path).get("activation text")
     trigger = noted.strip() if isinstance(noted, str) and noted.strip() else lora.triggers() if lora else ""
-    stems = (f"{path.stem}{middle}.{end}" for end in _PICTURES for middle in ("", ".preview"))
-    thumbnail = next((path.with_name(stem) for stem in stems if path.with_name(stem).is_file()), None)
-    return Card(lora, problem, trigger, path.stat().st_size / 2**20 if path.is_file() else 0.0, thumbnail)
+    return Card(lora, problem, trigger, path.stat().st_size / 2**20 if path.is_file() else 0.0)
 
 
 def _kinds(lora: LoRA) -> str:

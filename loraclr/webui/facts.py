@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from html import escape
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from loraclr import blocks, prompts
 from loraclr.keys import Family
-from loraclr.webui import card, library
+from loraclr.webui import card, library, thumbnails
 from loraclr.webui.card import Card
 from loraclr.webui.language import retell, say
 from loraclr.webui.settings import lines_of
@@ -22,7 +20,7 @@ def card_of(name: str) -> Card:
     try:
         return card.of(library.path_of(name))
     except ValueError as error:
-        return Card(None, str(error), "", 0.0, None)
+        return Card(None, str(error), "", 0.0)
 
 
 def guess(name: str) -> tuple[Any, ...]:
@@ -44,15 +42,16 @@ def retold(kind: str, looked: str) -> str:
 
 def title(name: str) -> str:
     """Its name, with its picture if there is one; the page's script reads the name off it."""
-    thumbnail, shown = card_of(name).thumbnail, escape(name)
-    return f'{_picture(thumbnail)}<span title="{shown}" data-name="{shown}">{shown}</span>'
+    shown = escape(name)
+    return f'{_picture(name)}<span title="{shown}" data-name="{shown}">{shown}</span>'
 
 
-def _picture(file: Path | None) -> str:
-    if file is None:
-        return ""
-    address = f"./sd_extra_networks/thumb?filename={quote(file.as_posix())}&mtime={file.stat().st_mtime}"
-    return f'<img src="{escape(address)}" alt="">'
+def _picture(name: str) -> str:
+    try:
+        picture = thumbnails.of(library.path_of(name))
+    except ValueError:  # it is gone; what is wrong with it says so
+        picture = None
+    return "" if picture is None else f'<img src="{escape(thumbnails.address(name, picture))}" alt="">'
 
 
 def about(name: str, loaded: Family | None, text_weight: str, weights: str) -> str:

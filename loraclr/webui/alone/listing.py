@@ -13,7 +13,6 @@ from loraclr.keys import Family
 from loraclr.webui.surroundings import Listed
 
 _SUFFIXES = (".safetensors", ".pt", ".ckpt")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")
 
 
 class Listing:

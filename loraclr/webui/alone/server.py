@@ -11,13 +11,11 @@ from typing import Any
 
 import gradio as gr
 import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from loraclr.webui import api, beside, language, tab
-from loraclr.webui.alone.listing import PICTURES
+from loraclr.webui import api, beside, language, tab, thumbnails
 from loraclr.webui.alone.program import Alone
 from loraclr.webui.components import script
 
@@ -51,17 +49,11 @@ def app(program: Alone, names: list[str] | None = None) -> FastAPI:
     if names is not None:
         whole.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     api.add_routes(whole)
+    thumbnails.add_route(whole)
 
     @whole.get("/loraclr/progress")
     def progress(task: str, seen: int = 0) -> dict[str, Any]:
         return program.jobs.told(task, seen)
-
-    @whole.get("/sd_extra_networks/thumb")  # where the webui has them
-    def thumb(filename: str) -> FileResponse:
-        path = Path(filename).resolve()
-        if program.folder().resolve() not in path.parents or path.suffix.lower() not in PICTURES or not path.is_file():
-            raise HTTPException(404, "There is no such picture.")
-        return FileResponse(path)
 
     blocks = page()
     # Version 3's queue asks its own server by httpx, which since 0.27 gives an answer 5 s: a longer merge's was lost.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from alone_driver import Alone, Page
+from PIL import Image
 from safetensors import safe_open
 
 from loraclr import files
@@ -150,6 +152,47 @@ def test_more_loras_than_rows(alone: Alone, tab: Page, many: list[str], shots: P
         tab.settle()
     assert not place.is_visible()
     assert len(tab.names()) == MOST
+
+
+def test_pictures_in_the_list(alone: Alone, tab: Page, shots: Path) -> None:
+    """Of LoRAs that have one, small, also when what is typed puts another LoRA into a line; and a click chooses."""
+    names = ('odd "name" (1)', "odd plain")
+    made = [alone.loras / f"{name}.safetensors" for name in names]
+    for path in made:
+        shutil.copy(alone.loras / f"{TIGER}.safetensors", path)
+    made.append(alone.loras / f"{names[0]}.preview.png")
+    Image.new("RGB", (600, 300), "red").save(made[-1])
+
+    def picture(name: str) -> Any:
+        """What the line of this LoRA has, asked for as the browser does."""
+        line = tab.page.locator("#loraclr_loras ul.options li", has_text=name)
+        tab.page.wait_for_function("line => line.style.backgroundImage", arg=line.element_handle())
+        address = line.evaluate("line => line.style.backgroundImage").removeprefix('url("').removesuffix('")')
+        return tab.page.request.get(f"{alone.address}/{address.removeprefix('./')}")
+
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+        field = tab.page.locator("#loraclr_loras input")
+        field.click()
+        field.fill("odd")
+        with Image.open(io.BytesIO(picture(names[0]).body())) as small:
+            assert small.size == (96, 48) and small.convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+        tab.page.screenshot(path=shots / f"list_{alone.port}.png")
+        assert picture(names[1]).status == 204
+        for typed, status in (("plain", 204), ("name", 200)):
+            field.fill(typed)
+            tab.page.locator("#loraclr_loras ul.options li").nth(1).wait_for(state="detached")
+            assert picture("odd").status == status
+        tab.page.locator("#loraclr_loras ul.options li").click(position={"x": 10, "y": 8})
+        tab.page.locator("#loraclr_concept_1").wait_for()
+        tab.settle()
+        assert tab.names() == [names[0]]
+        shown = tab.page.locator("#loraclr_concept_name_1 img")
+        assert shown.evaluate("image => [image.complete, image.naturalWidth]") == [True, 96]
+    finally:
+        for path in made:
+            path.unlink()
 
 
 def test_a_row(tab: Page) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.error
+import urllib.request
 from typing import Any
 from urllib.parse import quote
 
@@ -58,7 +59,8 @@ def test_only_this_machine_and_only_pictures(alone: Alone) -> None:
     assert f"0100007F:{alone.port:04X}" in addresses
     assert f"00000000:{alone.port:04X}" not in addresses
     for path in (alone.loras / "tiger.safetensors", alone.loras / ".." / "log", REPOSITORY / "docs/images/tab.png"):
-        assert refused(alone, f"/sd_extra_networks/thumb?filename={quote(str(path))}") == 404
+        with urllib.request.urlopen(f"{alone.address}/loraclr/thumbnail?name={quote(str(path))}") as answer:
+            assert (answer.status, answer.read()) == (204, b"")
 
 
 def test_the_command_line_merges_by_it(alone: Alone, capsys: pytest.CaptureFixture[str]) -> None:
