@@ -1,4 +1,4 @@
-"""Small pictures of LoRAs, in the list to choose from and in the rows: of what lies beside a file as its preview."""
+"""Small square pictures of LoRAs, for the list to choose from and the rows: of the previews beside the files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI, Response
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from loraclr.webui import library
 
@@ -50,7 +50,6 @@ def _small(picture: Path, _: int) -> bytes:
     with Image.open(picture) as image:
         image.draft("RGB", (SIDE, SIDE))  # of a JPEG, no more than is needed is read
         small = image.convert("RGBA")
-    small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    small.save(buffer, "png")
+    ImageOps.fit(small, (SIDE, SIDE)).save(buffer, "png")
     return buffer.getvalue()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from webui_driver import Tab, Webui
 
@@ -74,11 +75,32 @@ def test_an_ed_lora_that_the_webui_does_not_list(webui: Webui, tab: Tab) -> None
         assert "rank 2 · SD 1.x" in tab.facts(1)
         assert tab.trigger(1).input_value() == "<potter1>"
         assert "potter" not in {lora["name"].removesuffix(".pth") for lora in webui.ask("/sdapi/v1/loras")}
-        assert {"name": "potter.pth", "path": str(path), "family": "sd1"} in webui.ask("/loraclr/v1/loras")
+        assert ("potter.pth", str(path)) in {(lora["name"], lora["path"]) for lora in webui.ask("/loraclr/v1/loras")}
     finally:
         path.unlink()
         tab.page.locator("#loraclr_refresh").click()
         tab.settle()
+
+
+def test_pictures_in_the_list(webui: Webui, tab: Tab) -> None:
+    """Beside the names of those that have one, before they are chosen."""
+    plain = add(webui, "the plain one", xl(), {"ss_base_model_version": "sd_v1"})
+    drawn = webui.loras / f"{TIGER.name}.preview.png"
+    new = not drawn.exists()
+    if new:
+        Image.new("RGB", (90, 120), "red").save(drawn)
+    try:
+        tab.page.locator("#loraclr_refresh").click()
+        tab.settle()
+        for name, status in ((TIGER.name, 200), ("the plain one", 204)):
+            tab.page.locator("#loraclr_loras input").click()
+            tab.page.locator("#loraclr_loras input").fill(name)
+            line = tab.listed(name)
+            tab.page.wait_for_function("line => line.style.backgroundImage", arg=line.element_handle())
+            address = line.evaluate("line => getComputedStyle(line).backgroundImage").split('"')[1]
+            assert tab.page.request.get(address).status == status
+    finally:
+        remove(webui, plain, *([drawn] if new else []))
 
 
 def test_only_the_loaded_family_unless_asked(webui: Webui, tab: Tab) -> None:

@@ -177,7 +177,7 @@ def test_pictures_in_the_list(alone: Alone, tab: Page, shots: Path) -> None:
         field.click()
         field.fill("odd")
         with Image.open(io.BytesIO(picture(names[0]).body())) as small:
-            assert small.size == (96, 48) and small.convert("RGB").getpixel((5, 5)) == (255, 0, 0)
+            assert small.size == (96, 96) and small.convert("RGB").getpixel((5, 5)) == (255, 0, 0)
         tab.page.screenshot(path=shots / f"list_{alone.port}.png")
         assert picture(names[1]).status == 204
         for typed, status in (("plain", 204), ("name", 200)):
