@@ -12,8 +12,8 @@ from loraclr.changes import Changes, changes_of
 from loraclr.concept import Concept
 from loraclr.hosts import Host
 from loraclr.lora import LoRA
-from loraclr.merging import Settings
 from loraclr.methods import Options
+from loraclr.plan import Settings
 from loraclr.result import Merge
 
 EVERY = 4096  # a rank that no layer of the miniature reaches: dense methods are not cut

@@ -14,7 +14,8 @@ print(merged.prompt("both"))
 from loraclr.concept import Concept
 from loraclr.files import load
 from loraclr.lora import LoRA, LoRAFormatError
-from loraclr.merging import Cancelled, Settings, merge
+from loraclr.merging import Cancelled, merge
+from loraclr.plan import Settings
 from loraclr.result import Merge, write
 
 __all__ = ["Cancelled", "Concept", "LoRA", "LoRAFormatError", "Merge", "Settings", "load", "merge", "write"]

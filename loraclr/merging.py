@@ -5,28 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, diagnosis, folding, hinge, memory, prompts, scenes
+from loraclr import capture, diagnosis, folding, hinge, memory, plan, scenes
 from loraclr.alignment import alignment
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
-from loraclr.factor import Rank, kept, truncate
+from loraclr.factor import kept, truncate
 from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.lora import Layer
+from loraclr.plan import Settings
 from loraclr.polish import missed, polish
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
 from loraclr.whitening import Whitening, whitening
-
-Speed = Literal["closed", "fast", "balanced", "best"]
 
 #: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
 Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], Statistics]
@@ -40,65 +37,9 @@ SEVERAL = 512  # pictures up to this side in pixels go through the polish severa
 #: which only few LoRAs change, 15.7 GB more.
 HELD = 10e9
 
-#: Steps of the polish for up to `FEW` concepts.
-POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
-FEW = 4
-
-
-def polish_steps(speed: Speed, concepts: int) -> int:
-    """Steps of the polish: of many concepts each is learnt from as often as of few."""
-    return POLISH_STEPS[speed] * max(FEW, concepts) // FEW
-
 
 class Cancelled(Exception):
     """The user stopped the merge; nothing was written."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to merge; the defaults are for every number and kind of LoRAs.
-
-    Attributes:
-        speed: how long to polish (`polish_steps`).
-        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
-            the smallest that keeps 99.5 % of its output energy.
-        neutral: weight of what must not change (the base model on neutral prompts) in the polish.
-        anchor: the same in the closed form.
-        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
-        binding: weight of these scenes in the polish, relative to the pictures of one concept.
-        guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
-        revisit: every so many of a concept's prompts are drawn again, by the merged LoRA as it then is, for the last
-            third of the polish; 0: none; not in a fast merge.
-        directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
-        ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
-        margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
-            reference only; the defaults are the paper's.
-        steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
-        tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
-        batch: pictures drawn at a time.
-    """
-
-    speed: Speed = "fast"
-    rank: Rank = None
-    neutral: float = 0.3
-    anchor: float = 0.0
-    scenes: int = 2
-    binding: float = 0.5
-    guided: float = 0.3
-    revisit: int = 2
-    directions: int = 64
-    ridge: float = 1e-3
-    margin: float = 0.5
-    penalty: float = 1e-3
-    iterations: int = 50
-    rate: float = 1e-4
-    steps: int = 16
-    guidance: float = 4.0
-    size: int | None = None
-    tokens: int = 256
-    batch: int = 4
-    neutral_prompts: tuple[str, ...] = prompts.NEUTRAL
-    seed: int = 0
 
 
 def by_closed_form(name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device) -> Statistics:
@@ -154,53 +95,6 @@ def merge(
     return result
 
 
-def work(host: Host, concepts: Sequence[Concept], settings: Settings) -> float:
-    """How much a merge is to do, in rows through the UNet; more if its layers do not fit into memory at once."""
-    texts, plan = _texts(concepts, settings), _plan(concepts, settings)
-    return _work(texts, len(plan), settings, _rows(settings.size or host.size))[1]
-
-
-def _work(
-    texts: Sequence[Sequence[str]], pairs: int, settings: Settings, rows: int, passes: int = 1
-) -> tuple[float, float]:
-    """Rows through the UNet: for all pictures that are looked at, and for the whole merge.
-
-    A step of polish also goes backwards, which counts twice.
-    """
-    again = (passes - 1) * sum(map(len, texts))
-    drawn = 2 * (sum(len(each) + 1 for each in texts) + again + 2 * pairs) * settings.steps
-    revisited = 4 * sum(len(each[:: settings.revisit]) for each in texts) * settings.steps if _revisits(settings) else 0
-    return drawn, 1.1 * drawn + revisited + 3 * rows * polish_steps(settings.speed, len(texts) - 1)
-
-
-def _thorough(settings: Settings) -> bool:
-    """Whether a merge takes more steps than a quick one, and so needs more to learn from."""
-    return POLISH_STEPS[settings.speed] > POLISH_STEPS["fast"]
-
-
-def _revisits(settings: Settings) -> bool:
-    """Whether a polish looks again at what the merged LoRA itself draws."""
-    return settings.revisit > 0 and _thorough(settings)
-
-
-def _texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
-    """The prompts that are looked at, for each concept and for what must not change."""
-    thorough = _thorough(settings)
-    own = [prompts.filled(concept.trigger, concept.kind, concept.prompts, thorough) for concept in concepts]
-    return [*own, prompts.kept(settings.neutral_prompts, thorough)]
-
-
-def _plan(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
-    """The pictures of two concepts; styles take no part."""
-    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
-    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
-
-
-def _rows(size: int) -> int:
-    """UNet calls in a step of polish: as many as small memory holds."""
-    return max(4, min(32, 8192 * 64 // size**2))
-
-
 def scarce(device: torch.device) -> bool:
     """Whether a CUDA device has less than a quarter of its memory free, which drawing and polishing need."""
     free, whole = torch.cuda.mem_get_info(device)
@@ -220,12 +114,12 @@ class _Run:
         self.progress, self.fit = progress, fit
         self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
         live = host.layers()
-        self.texts = _texts(concepts, settings)
+        self.texts = plan.texts(concepts, settings)
         self.asked: list[Changes] = [
             *(concept.changes(live) for concept in concepts),
             {},
         ]
-        self.plan = _plan(concepts, settings)
+        self.plan = plan.pairs(concepts, settings)
         self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
         for place, lora in enumerate(concept.lora for concept in concepts):
             if lora.layer_embeddings:
@@ -236,7 +130,7 @@ class _Run:
         touched = {name for changes in self.asked for name in changes}
         self.modules = {name: module for name, module in live.items() if name in touched}
         self.size = settings.size or host.size
-        self.rows = _rows(self.size)
+        self.rows = plan.rows(self.size)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.statistics: dict[str, Statistics | NormStatistics] = {}
         self.inputs: dict[str, int] = {}
@@ -248,7 +142,8 @@ class _Run:
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
-        drawn, self.whole = _work(self.texts, len(self.plan), settings, self.rows, len(self.passes))
+        drawn = plan.drawn(concepts, settings, len(self.passes))
+        self.whole = plan.work(host, concepts, settings, len(self.passes))
         self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
 
@@ -410,13 +305,13 @@ class _Run:
         change most. A fast merge bears that: it has few steps, and needs them to go far.
         """
         settings = self.settings
-        text = _thorough(settings) and capture.reads_text(name)
-        return settings.directions > 0 and POLISH_STEPS[settings.speed] > 0 and not text
+        text = settings.thorough and capture.reads_text(name)
+        return settings.directions > 0 and settings.polish_steps(1) > 0 and not text
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""
         concepts = len(self.banks) - 1
-        steps = polish_steps(self.settings.speed, concepts)
+        steps = self.settings.polish_steps(concepts)
         before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before
@@ -433,11 +328,11 @@ class _Run:
 
     def polished(self, norms: Changes, factors: Changes, steps: int) -> Changes:
         """Factors after `steps` steps, in two parts where the second is to see the merged LoRA's own runs, too."""
-        settings, thorough, concepts = self.settings, _thorough(self.settings), len(self.banks) - 1
+        settings, thorough, concepts = self.settings, self.settings.thorough, len(self.banks) - 1
         alone, both = [1.0] * concepts + [settings.neutral * concepts], sum(map(len, self.joint))
         shares = [*alone, *(settings.binding * concepts * len(bank) / both for bank in self.joint)]
         banks, done = [*self.banks, *self.joint], 0
-        for part in (steps - steps // 3, steps // 3) if _revisits(settings) else (steps,):
+        for part in (steps - steps // 3, steps // 3) if settings.revisits else (steps,):
             if done:
                 banks, shares = [*banks, *self.revisited(norms | factors)], [*shares, *alone]
             with capture.applied(self.modules, norms):

@@ -22,7 +22,8 @@ from loraclr.formats.change import in_words
 from loraclr.hosts import Host
 from loraclr.keys import kernel
 from loraclr.lora import LoRA
-from loraclr.merging import Fit, Progress, Settings
+from loraclr.merging import Fit, Progress
+from loraclr.plan import Settings
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors
 

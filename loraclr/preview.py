@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 from loraclr.capture import applied
 from loraclr.changes import factors_of
 from loraclr.hosts import Host
-from loraclr.merging import Settings
+from loraclr.plan import Settings
 from loraclr.prompts import filled
 from loraclr.result import Merge
 

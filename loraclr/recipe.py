@@ -12,8 +12,8 @@ from typing import Any
 from loraclr import files
 from loraclr.concept import Concept
 from loraclr.hosts import Checkpoint
-from loraclr.merging import Settings
 from loraclr.methods import METHODS, Options
+from loraclr.plan import Settings
 
 
 @dataclass(frozen=True)

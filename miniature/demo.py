@@ -15,6 +15,7 @@ from loraclr import files, merging, report
 from loraclr.capture import Changes, changes_of
 from loraclr.hosts.standalone import Standalone
 from loraclr.methods import stacked
+from loraclr.plan import Settings, Speed
 from loraclr.report import Gallery, Mean, Share, Shot, Table
 from miniature import LORAS
 from miniature.drawing import draw, open_miniature
@@ -36,12 +37,12 @@ class Plan:
     Attributes:
         counts: how many LoRAs to merge, several times.
         pictures: of each concept, and of pairs.
-        scenes: see `loraclr.merging.Settings`.
+        scenes: see `loraclr.plan.Settings`.
         style: whether one of the LoRAs is a style.
     """
 
     counts: tuple[int, ...] = (2, 4)
-    speed: merging.Speed = "fast"
+    speed: Speed = "fast"
     pictures: int = 8
     seed: int = 0
     scenes: int = 2
@@ -118,7 +119,7 @@ class _Pace:
     def __init__(self, plan: Plan, progress: merging.Progress) -> None:
         self.progress, self.done, self.start = progress, 0.0, time.monotonic()
         self.merges = {
-            count: 288 * (count + 1) + 64 * plan.scenes * count + 96 * merging.polish_steps(plan.speed, count)
+            count: 288 * (count + 1) + 64 * plan.scenes * count + 96 * Settings(plan.speed).polish_steps(count)
             for count in plan.counts
         }
         drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
@@ -157,7 +158,7 @@ def _round(
         loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
         for lora, concept in zip(loras, concepts, strict=True)
     ]
-    settings = merging.Settings(speed=plan.speed, seed=plan.seed, scenes=plan.scenes)
+    settings = Settings(speed=plan.speed, seed=plan.seed, scenes=plan.scenes)
     merge = merging.merge(host, asked, settings, pace.of_merge(len(concepts)))
     path = loraclr.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
     layers = host.layers()

@@ -9,7 +9,7 @@ from loraclr import capture, merging
 from loraclr.alignment import KINDS, alignment, kind
 from loraclr.capture import Bank
 from loraclr.concept import Concept
-from loraclr.merging import Settings
+from loraclr.plan import Settings
 from tests.toy import ToyHost, toy_lora
 
 BLOCK = "lora_unet_mid_block_attentions_0_transformer_blocks_0"

@@ -17,8 +17,8 @@ from loraclr.concept import Concept
 from loraclr.factor import decompose
 from loraclr.formats import IA3, Bias, DoRA, Full, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Settings
 from loraclr.methods import METHODS, Options
+from loraclr.plan import Settings
 
 peft = pytest.importorskip("peft")
 from peft.utils import merge_utils as oracle  # noqa: E402

@@ -25,6 +25,7 @@ from loraclr.hinge import Objective
 from loraclr.hosts import Checkpoint
 from loraclr.lora import Layer
 from loraclr.methods import METHODS
+from loraclr.plan import Settings
 
 TEXT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -82,7 +83,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return opened
 
 
-def fake_merge(host: Tiny, concepts: list, settings: merging.Settings, progress: merging.Progress) -> loraclr.Merge:
+def fake_merge(host: Tiny, concepts: list, settings: Settings, progress: merging.Progress) -> loraclr.Merge:
     """A merge that takes no time: the first LoRA as it is."""
     progress("Polishing", 0.5, 2.0)
     return loraclr.Merge(

@@ -9,7 +9,7 @@ import pytest
 from loraclr import capture, diagnosis, merging
 from loraclr.capture import Bank
 from loraclr.concept import Concept
-from loraclr.merging import Settings
+from loraclr.plan import Settings
 from tests.toy import ToyHost, toy_lora
 
 

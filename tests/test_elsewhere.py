@@ -29,7 +29,7 @@ from loraclr.concept import Concept
 from loraclr.files import SD_VERSION, load, model_hash
 from loraclr.formats import Norm
 from loraclr.lora import Layer, LoRA, parse
-from loraclr.merging import Settings
+from loraclr.plan import Settings
 from loraclr.result import MOST_UNKNOWN, Merge, write
 
 FAMILIES = ("sd1", "sd2", "sdxl")

@@ -14,7 +14,8 @@ from loraclr.capture import Bank, applied, is_cross_kv
 from loraclr.changes import changes_of, is_text
 from loraclr.concept import Concept
 from loraclr.hosts import Context
-from loraclr.merging import Settings, _Run, by_closed_form, merge
+from loraclr.merging import _Run, by_closed_form, merge
+from loraclr.plan import Settings
 from loraclr.prompts import filled
 
 #: In none of the prompts that are folded on.

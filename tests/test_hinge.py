@@ -9,7 +9,7 @@ from torch import nn
 from loraclr import hinge, memory, merging
 from loraclr.alignment import KINDS
 from loraclr.concept import Concept
-from loraclr.merging import Settings
+from loraclr.plan import Settings
 from tests.toy import ToyHost, toy_lora
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"

@@ -9,7 +9,8 @@ from toy import ToyHost, toy_lora
 from loraclr import capture
 from loraclr.capture import Bank, Changes, applied
 from loraclr.concept import Concept
-from loraclr.merging import Settings, _Run, by_closed_form, merge, polish_steps
+from loraclr.merging import _Run, by_closed_form, merge
+from loraclr.plan import Settings
 
 THING, STYLE = "sks", "ink style"
 
@@ -47,7 +48,7 @@ def test_only_thorough_merges_draw_again_and_all_steps_are_told(speed: str, revi
     merge(host, begun(host).concepts, Settings(speed=speed, steps=2, revisit=revisit), lambda *now: told.append(now))
     again = [place for place, (stage, _, _) in enumerate(told) if stage.endswith(" again")]
     steps = [(place, stage) for place, (stage, _, _) in enumerate(told) if stage.startswith("Polishing")]
-    last = polish_steps(speed, 2)
+    last = Settings(speed).polish_steps(2)
     assert [stage for _, stage in steps] == [f"Polishing, step {step} of {last}" for step in range(1, last + 1)]
     assert bool(again) == (speed == "balanced" and revisit > 0)
     if again:

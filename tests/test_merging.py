@@ -16,7 +16,8 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import POLISH_STEPS, Cancelled, Settings, merge, polish_steps, work
+from loraclr.merging import Cancelled, merge
+from loraclr.plan import POLISH_STEPS, Settings, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
 
@@ -208,8 +209,8 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
 
 
 def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
-    assert [polish_steps("fast", count) for count in (1, 2, 4, 5, 8, 12)] == [64, 64, 64, 80, 128, 192]
-    assert [polish_steps("closed", count) for count in (2, 12)] == [0, 0]
+    assert [Settings("fast").polish_steps(count) for count in (1, 2, 4, 5, 8, 12)] == [64, 64, 64, 80, 128, 192]
+    assert [Settings("closed").polish_steps(count) for count in (2, 12)] == [0, 0]
 
 
 def test_a_polish_that_leads_away_changes_nothing(monkeypatch) -> None:

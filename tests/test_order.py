@@ -9,7 +9,7 @@ pytest.importorskip("diffusers")
 from benchmarks import metrics, scenes
 from benchmarks.contenders import CONTENDERS
 from benchmarks.quality import to_merge
-from loraclr import merging
+from loraclr.plan import POLISH_STEPS
 from loraclr.report import Mean
 from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge
@@ -19,8 +19,8 @@ METHODS = {"base": {}, "sum": {}, "loraclr-fast": SHORT, "loraclr": SHORT, "sing
 
 
 def test_base_below_sum_below_fast_below_balanced_and_single_about_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(merging.POLISH_STEPS, "fast", 16)
-    monkeypatch.setitem(merging.POLISH_STEPS, "balanced", 40)
+    monkeypatch.setitem(POLISH_STEPS, "fast", 16)
+    monkeypatch.setitem(POLISH_STEPS, "balanced", 40)
     host, judge, plan = open_miniature("cpu"), Judge.load(), scenes.Plan(concept=4)
     chosen = scenes.chosen(4, 0)
     shots = scenes.reporting(chosen, plan, 0)["concepts"]

@@ -7,8 +7,9 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr.concept import Concept
-from loraclr.merging import Cancelled, Settings, merge
+from loraclr.merging import Cancelled, merge
 from loraclr.methods import combine
+from loraclr.plan import Settings
 from loraclr.result import Merge
 from loraclr.webui import pictures
 

@@ -12,7 +12,8 @@ from loraclr import files
 from loraclr.concept import Concept
 from loraclr.formats import Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Settings, merge
+from loraclr.merging import merge
+from loraclr.plan import Settings
 from loraclr.result import Merge, write
 
 WORD = "<potter1>"

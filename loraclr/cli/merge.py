@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
     from loraclr import methods, preview
     from loraclr.cli import remote
-    from loraclr.merging import Settings
+    from loraclr.plan import Settings
 
     if args.server is not None:
         check_options(args, methods.METHODS[args.method])

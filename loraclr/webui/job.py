@@ -12,7 +12,8 @@ import torch
 from loraclr import blocks, files, methods, preview
 from loraclr.concept import Concept
 from loraclr.hosts import Host
-from loraclr.merging import Cancelled, Settings, work
+from loraclr.merging import Cancelled
+from loraclr.plan import Settings, work
 from loraclr.prompts import Kind
 from loraclr.result import Merge, make_plain, note_bled, write
 from loraclr.webui import library, pictures, target

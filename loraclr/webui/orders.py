@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from loraclr.merging import POLISH_STEPS, Settings
+from loraclr.plan import POLISH_STEPS, Settings
 from loraclr.webui import card, library
 from loraclr.webui.job import Order, Row
 from loraclr.webui.settings import LIMITS, rank_of

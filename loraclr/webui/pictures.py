@@ -17,7 +17,8 @@ from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
 from loraclr.hosts import Host
 from loraclr.lora import LoRA
-from loraclr.merging import Cancelled, Settings
+from loraclr.merging import Cancelled
+from loraclr.plan import Settings
 from loraclr.result import Merge
 
 _SEEDS = 2  # pictures of each concept

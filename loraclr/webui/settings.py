@@ -10,8 +10,8 @@ import gradio as gr
 
 from loraclr import prompts
 from loraclr.factor import Rank
-from loraclr.merging import Settings
 from loraclr.methods import METHODS
+from loraclr.plan import Settings
 from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
 

@@ -19,6 +19,7 @@ from loraclr import files, merging
 from loraclr.capture import Changes, applied, changes_of, is_cross_kv
 from loraclr.hosts.a1111 import A1111
 from loraclr.lora import LoRA
+from loraclr.plan import Settings
 
 PROMPT = "a sks beside a zyk"
 QUICK = {"steps": 2, "guidance": 2.0, "size": 64, "tokens": 32, "neutral_prompts": ("a dog",)}
@@ -206,7 +207,7 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
             repeated = (host.predict(x, t, ours) - prediction).norm() / prediction.norm()
         worded = with_word(host, concepts[-1].lora, triggers[-1])
         concepts[-1] = replace(concepts[-1], lora=worded)
-        settings = merging.Settings(speed="closed", **QUICK)
+        settings = Settings(speed="closed", **QUICK)
         merged = merging.merge(host, concepts, settings)
         path = loraclr.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
         untouched = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))

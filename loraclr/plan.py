@@ -1,0 +1,114 @@
+"""What a merge is to do: its settings, the prompts and pictures that it looks at, and how much work that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loraclr import prompts, scenes
+from loraclr.concept import Concept
+from loraclr.factor import Rank
+from loraclr.hosts import Host
+
+Speed = Literal["closed", "fast", "balanced", "best"]
+
+#: Steps of the polish for up to `FEW` concepts.
+POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 800}
+FEW = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to merge; the defaults are for every number and kind of LoRAs.
+
+    Attributes:
+        speed: how long to polish (`polish_steps`).
+        rank: largest rank of the result; None keeps it exact, the sum of the LoRAs' ranks; "auto" takes for each layer
+            the smallest that keeps 99.5 % of its output energy.
+        neutral: weight of what must not change (the base model on neutral prompts) in the polish.
+        anchor: the same in the closed form.
+        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
+        binding: weight of these scenes in the polish, relative to the pictures of one concept.
+        guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
+        revisit: every so many of a concept's prompts are drawn again, by the merged LoRA as it then is, for the last
+            third of the polish; 0: none; not in a fast merge.
+        directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
+        ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
+        margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
+            reference only; the defaults are the paper's.
+        steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
+        tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
+        batch: pictures drawn at a time.
+    """
+
+    speed: Speed = "fast"
+    rank: Rank = None
+    neutral: float = 0.3
+    anchor: float = 0.0
+    scenes: int = 2
+    binding: float = 0.5
+    guided: float = 0.3
+    revisit: int = 2
+    directions: int = 64
+    ridge: float = 1e-3
+    margin: float = 0.5
+    penalty: float = 1e-3
+    iterations: int = 50
+    rate: float = 1e-4
+    steps: int = 16
+    guidance: float = 4.0
+    size: int | None = None
+    tokens: int = 256
+    batch: int = 4
+    neutral_prompts: tuple[str, ...] = prompts.NEUTRAL
+    seed: int = 0
+
+    @property
+    def thorough(self) -> bool:
+        """Whether the polish takes more steps than a quick one, and so needs more to learn from."""
+        return POLISH_STEPS[self.speed] > POLISH_STEPS["fast"]
+
+    @property
+    def revisits(self) -> bool:
+        """Whether the polish looks again, at what the merged LoRA itself draws."""
+        return self.revisit > 0 and self.thorough
+
+    def polish_steps(self, concepts: int) -> int:
+        """Steps of the polish: of many concepts each is learnt from as often as of few."""
+        return POLISH_STEPS[self.speed] * max(FEW, concepts) // FEW
+
+
+def texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
+    """The prompts that are looked at, for each concept and last for what must not change."""
+    thorough = settings.thorough
+    own = [prompts.filled(concept.trigger, concept.kind, concept.prompts, thorough) for concept in concepts]
+    return [*own, prompts.kept(settings.neutral_prompts, thorough)]
+
+
+def pairs(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
+    """The pictures of two concepts; styles take no part."""
+    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
+    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
+
+
+def rows(size: int) -> int:
+    """UNet calls in a step of the polish for pictures of this side in pixels: as many as small memory holds."""
+    return max(4, min(32, 8192 * 64 // size**2))
+
+
+def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
+    """Rows through the UNet for all pictures that are looked at before the polish.
+
+    Args:
+        passes: how often the concepts' own pictures are drawn: more than once if not all layers fit into memory.
+    """
+    own = [len(each) for each in texts(concepts, settings)]
+    return 2 * settings.steps * (passes * sum(own) + len(own) + 2 * len(pairs(concepts, settings)))
+
+
+def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
+    """How much a merge is to do, in rows through the UNet; a step of polish also goes backwards, which counts twice."""
+    again = sum(len(each[:: settings.revisit]) for each in texts(concepts, settings)) if settings.revisits else 0
+    polish = 3 * rows(settings.size or host.size) * settings.polish_steps(len(concepts))
+    return 1.1 * drawn(concepts, settings, passes) + 4 * again * settings.steps + polish
