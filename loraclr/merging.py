@@ -137,6 +137,7 @@ class _Run:
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
+        self.whitens = settings.directions > 0 and settings.polish_steps(1) > 0
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
@@ -292,21 +293,11 @@ class _Run:
             elif up.shape[1] > min(up.shape[0], down.shape[1]):
                 up, down = truncate(up, down)  # changes of full rank: more factors than the layer has directions
             self.merged[name] = up.float(), down.float()
-            if isinstance(statistics, Statistics) and self.whitens(name):
+            if isinstance(statistics, Statistics) and self.whitens:
                 gram = statistics.gram
                 known = whitenings.get(id(gram)) or whitening(gram, self.settings.directions, self.host.device)
                 whitenings[id(gram)] = self.whitenings[name] = known
         self.statistics = {}
-
-    def whitens(self, name: str) -> bool:
-        """Whether the polish is to train a layer in white coordinates.
-
-        In those of texts, words that nobody asked for have next to no energy, so that whitening would let what they say
-        change most. A fast merge bears that: it has few steps, and needs them to go far.
-        """
-        settings = self.settings
-        text = settings.thorough and capture.reads_text(name)
-        return settings.directions > 0 and settings.polish_steps(1) > 0 and not text
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""

@@ -6,7 +6,6 @@ import pytest
 import torch
 from toy import ToyHost, toy_lora
 
-from loraclr import capture
 from loraclr.capture import Bank, Changes, applied
 from loraclr.concept import Concept
 from loraclr.merging import _Run, by_closed_form, merge
@@ -55,15 +54,3 @@ def test_only_thorough_merges_draw_again_and_all_steps_are_told(speed: str, revi
         assert sum(place < again[0] for place, _ in steps) == last - last // 3
     assert [share for _, share, _ in told] == sorted(share for _, share, _ in told)
     assert told[steps[-1][0]][1] == pytest.approx(1.0, abs=0.01)
-
-
-@pytest.mark.parametrize("speed", ["fast", "balanced"])
-def test_thorough_merges_train_layers_that_read_text_as_they_are(speed: str) -> None:
-    run = begun(ToyHost(), speed)
-    run.fit_text()
-    run.fit_cross_attention()
-    for layers in run.passes:
-        for place in range(len(run.texts)):
-            run.look(place, layers)
-        run.solve("")
-    assert run.whitenings.keys() == {name for name in run.merged if speed == "fast" or not capture.reads_text(name)}
