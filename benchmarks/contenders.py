@@ -144,14 +144,12 @@ CONTENDERS: dict[str, Contender] = {
     # With one ingredient left out.
     "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
-    "balanced-no-revisit": Contender(on_model("loraclr", speed="balanced", revisit=0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
 }
 ON_REQUEST = (
     "fast-unwhitened",
     "balanced-unguided",
-    "balanced-no-revisit",
     "fast-no-scenes",
     "fast-no-neutral",
 )  # drawn only if asked for by name

@@ -306,56 +306,25 @@ class _Run:
         before = missed(self.host, self.modules, self.merged, self.held, self.rows)
         if not steps:
             return before, before
+        settings, both = self.settings, sum(map(len, self.joint))
+        shares = [1.0] * concepts + [settings.neutral * concepts]
+        shares += [settings.binding * concepts * len(bank) / both for bank in self.joint]
         # Norm layers take part as they are: they have no factors.
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
         if factors:
-            factors = self.polished(norms, factors, steps)
+            with capture.applied(self.modules, norms):
+                factors = polish(
+                    self.host, self.modules, factors, [*self.banks, *self.joint], shares, steps, self.rows,
+                    settings.seed, lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+                    1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
+                    settings.guided if settings.thorough else 0.0, self.held_out,
+                )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, self.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):
             return before, before  # so few steps may lead away: what they began with is better
         self.merged = norms | factors
         return before, after
-
-    def polished(self, norms: Changes, factors: Changes, steps: int) -> Changes:
-        """Factors after `steps` steps, in two parts where the second is to see the merged LoRA's own runs, too."""
-        settings, thorough, concepts = self.settings, self.settings.thorough, len(self.banks) - 1
-        alone, both = [1.0] * concepts + [settings.neutral * concepts], sum(map(len, self.joint))
-        shares = [*alone, *(settings.binding * concepts * len(bank) / both for bank in self.joint)]
-        banks, done = [*self.banks, *self.joint], 0
-        for part in (steps - steps // 3, steps // 3) if settings.revisits else (steps,):
-            if done:
-                banks, shares = [*banks, *self.revisited(norms | factors)], [*shares, *alone]
-            with capture.applied(self.modules, norms):
-                factors = polish(
-                    self.host, self.modules, factors, banks, shares, part, self.rows, settings.seed + done,
-                    lambda step, _, done=done: self.tick(f"Polishing, step {done + step} of {steps}", 3 * self.rows),
-                    1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
-                    settings.guided if thorough else 0.0, self.held_out,
-                )  # fmt: skip
-            done += part
-        return factors
-
-    @torch.no_grad()
-    def revisited(self, merged: Changes) -> list[Bank]:
-        """What each concept's own LoRA predicts where the merged one's pictures lead (Ross et al. 2011, DAgger).
-
-        A merged LoRA that errs in the first steps comes to places that no teacher's own run has seen.
-        """
-        banks = []
-        for place, texts in enumerate(self.texts):
-            with capture.applied(self.modules, merged):
-                bank = self.draw(f"Looking at {self.names[place]} again", texts[:: self.settings.revisit], 3000)
-            with self.acting(place):
-                contexts = self.host.encode(bank.prompts)
-                for begin in range(0, len(bank), self.rows):
-                    some = slice(begin, begin + self.rows)
-                    x, t = (torch.stack(values[some]).to(self.host.device) for values in (bank.x, bank.t))
-                    predicted = self.host.predict(x, t, contexts[bank.prompt[some]])
-                    bank.prediction[some] = list(predicted.to(bank.prediction[begin]))
-                    self.tick(f"Looking at {self.names[place]} again", len(x))
-            banks.append(bank)
-        return banks
 
     def held_out(self, factors: Changes) -> float:
         """What factors miss of the concepts' effects on some of the pictures kept aside, summed; norm layers act."""

@@ -31,8 +31,6 @@ class Settings:
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
-        revisit: every so many of a concept's prompts are drawn again, by the merged LoRA as it then is, for the last
-            third of the polish; 0: none; not in a fast merge.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
@@ -49,7 +47,6 @@ class Settings:
     scenes: int = 2
     binding: float = 0.5
     guided: float = 0.3
-    revisit: int = 2
     directions: int = 64
     ridge: float = 1e-3
     margin: float = 0.5
@@ -68,11 +65,6 @@ class Settings:
     def thorough(self) -> bool:
         """Whether the polish takes more steps than a quick one, and so needs more to learn from."""
         return POLISH_STEPS[self.speed] > POLISH_STEPS["fast"]
-
-    @property
-    def revisits(self) -> bool:
-        """Whether the polish looks again, at what the merged LoRA itself draws."""
-        return self.revisit > 0 and self.thorough
 
     def polish_steps(self, concepts: int) -> int:
         """Steps of the polish: of many concepts each is learnt from as often as of few."""
@@ -109,6 +101,5 @@ def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> f
 
 def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
     """How much a merge is to do, in rows through the UNet; a step of polish also goes backwards, which counts twice."""
-    again = sum(len(each[:: settings.revisit]) for each in texts(concepts, settings)) if settings.revisits else 0
     polish = 3 * rows(settings.size or host.size) * settings.polish_steps(len(concepts))
-    return 1.1 * drawn(concepts, settings, passes) + 4 * again * settings.steps + polish
+    return 1.1 * drawn(concepts, settings, passes) + polish
