@@ -181,13 +181,13 @@ class _Run:
 
     def look(self, place: int, layers: Collection[str]) -> None:
         """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
-        stage, texts = f"Looking at {self.names[place]}", self.texts[place]
+        texts = self.texts[place]
         with self.acting(place), torch.no_grad():
             with self.watching(place, layers.__contains__):
-                bank = self.draw(stage, texts, 0)
+                bank = self.draw(place, texts, 0)
             if len(self.banks) == place:  # else this is a further pass, which draws the same
                 self.banks.append(bank)
-                self.held.append(self.draw(stage, texts[:1], len(texts)))
+                self.held.append(self.draw(place, texts[:1], len(texts)))
 
     @contextmanager
     def acting(self, place: int) -> Iterator[None]:
@@ -222,9 +222,10 @@ class _Run:
             )  # fmt: skip
             self.joint.append(bank)
 
-    def draw(self, stage: str, texts: Sequence[str], first: int) -> Bank:
+    def draw(self, place: int, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
-        settings, bank = self.settings, Bank([*texts, ""])
+        stage, settings = f"Looking at {self.names[place]}", self.settings
+        bank = Bank([*texts, ""])
         record = capture.filing(bank, self.host.encode(bank.prompts))
 
         def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
@@ -234,7 +235,7 @@ class _Run:
         with self.host.watch(tell):
             for begin in range(0, len(texts), settings.batch):
                 self.tick(stage)
-                part, seed = list(texts[begin : begin + settings.batch]), settings.seed + first + begin
+                part, seed = texts[begin : begin + settings.batch], settings.seed + first + begin
                 self.host.sample(part, seed, settings.steps, settings.guidance, self.size, self.size)
         return bank
 
