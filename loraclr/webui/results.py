@@ -156,8 +156,8 @@ def _bar(name: str, trigger: str, kept: float | None, bled: float | None) -> str
     if kept is not None:
         look, verdict = (
             ("good", say("{share} kept", share=f"{kept:.0%}")) if kept >= _GOOD
-            else ("fair", say("{share} weaker", share=f"{kept:.0%}")) if kept >= _FAIR
-            else ("poor", say("{share} weak", share=f"{kept:.0%}"))
+            else ("fair", say("{share} kept: weaker", share=f"{kept:.0%}")) if kept >= _FAIR
+            else ("poor", say("{share} kept: weak", share=f"{kept:.0%}"))
         )  # fmt: skip
         line += _share(kept, look, verdict, _about_kept())
     if bled is not None:
