@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import FastAPI, Response
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from loraclr.webui import library
 
@@ -38,8 +38,10 @@ def thumbnail(name: str) -> Response:
     try:
         picture = of(library.path_of(name))
         content = None if picture is None else _small(picture, picture.stat().st_mtime_ns)
-    except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        content = None  # the LoRA is gone, or the picture cannot be read
+    except library.Gone:
+        content = None
+    except Exception:  # a damaged picture fails in many ways inside Pillow
+        content = None
     if content is None:
         return Response(status_code=204, headers={"Cache-Control": "no-store"})
     return Response(content, media_type="image/png", headers={"Cache-Control": "max-age=60"})

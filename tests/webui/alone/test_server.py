@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import urllib.error
@@ -12,6 +13,7 @@ from urllib.parse import quote
 import pytest
 import torch
 from alone_driver import REPOSITORY, USER, Alone
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loraclr import files
@@ -61,6 +63,21 @@ def test_only_this_machine_and_only_pictures(alone: Alone) -> None:
     for path in (alone.loras / "tiger.safetensors", alone.loras / ".." / "log", REPOSITORY / "docs/images/tab.png"):
         with urllib.request.urlopen(f"{alone.address}/loraclr/thumbnail?name={quote(str(path))}") as answer:
             assert (answer.status, answer.read()) == (204, b"")
+
+
+def test_a_damaged_picture_is_none(alone: Alone) -> None:
+    """However it is damaged."""
+    path = alone.loras / "panda.png"
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "png")
+    whole = buffer.getvalue()
+    try:
+        for content, status in ((whole, 200), (whole[:40], 204), (whole[:33] + b"\0" * 40, 204), (b"no picture", 204)):
+            path.write_bytes(content)
+            with urllib.request.urlopen(f"{alone.address}/loraclr/thumbnail?name=panda") as answer:
+                assert answer.status == status, content
+    finally:
+        path.unlink()
 
 
 def test_the_command_line_merges_by_it(alone: Alone, capsys: pytest.CaptureFixture[str]) -> None:
