@@ -146,10 +146,12 @@ CONTENDERS: dict[str, Contender] = {
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
+    "fast-no-words": Contender(on_model("loraclr", speed="fast", reading=0.0)),
 }
 ON_REQUEST = (
     "fast-unwhitened",
     "balanced-unguided",
     "fast-no-scenes",
     "fast-no-neutral",
+    "fast-no-words",
 )  # drawn only if asked for by name

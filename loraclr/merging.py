@@ -21,6 +21,7 @@ from loraclr.hosts import Context, Host
 from loraclr.lora import Layer
 from loraclr.plan import Settings
 from loraclr.polish import missed, polish
+from loraclr.reading import PROMPTS, Reading, practise
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
 from loraclr.whitening import Whitening, whitening
@@ -75,6 +76,7 @@ def merge(
             stack.enter_context(host.words(result.words))
         run.fit_text()
         run.fit_cross_attention()
+        run.practise()
         result.seconds["text"] = run.lap()
         for layers in run.passes:
             for place in range(len(run.texts)):
@@ -138,6 +140,8 @@ class _Run:
         self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
         self.whitenings: dict[str, Whitening] = {}  # of the layers' inputs
         self.whitens = settings.directions > 0 and settings.polish_steps(1) > 0
+        self.reading: Reading | None = None
+        self.fitted: Changes = {}  # closed forms that have learnt since
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
@@ -178,6 +182,21 @@ class _Run:
             if readers:
                 self.add(place, readers, context.tokens)
         self.solve("Fitting words to pictures")
+
+    def practise(self) -> None:
+        """Stage 2, on: what reads text learns from words alone."""
+        steps = self.settings.reading_steps(len(self.concepts))
+        if not steps:
+            return
+        reading = Reading(
+            self.host, self.modules, self.asked, self.concepts, self.texts, self.settings.neutral, self.settings.seed
+        )
+        if reading.has_any:
+            self.reading, self.fitted = reading, dict(self.merged)
+            self.merged = practise(
+                reading, self.merged, self.whitenings, steps,
+                lambda step: self.tick(f"Learning the words, step {step} of {steps}", plan.PROMPT * PROMPTS),
+            )  # fmt: skip
 
     def look(self, place: int, layers: Collection[str]) -> None:
         """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
@@ -304,33 +323,31 @@ class _Run:
         """Stage 4: all factors together; returns what is missed before and after."""
         concepts = len(self.banks) - 1
         steps = self.settings.polish_steps(concepts)
-        before = missed(self.host, self.modules, self.merged, self.held, self.rows)
+        closed = {**self.merged, **self.fitted}
+        before = missed(self.host, self.modules, closed, self.held, self.rows)
         if not steps:
             return before, before
         settings, both = self.settings, sum(map(len, self.joint))
         shares = [1.0] * concepts + [settings.neutral * concepts]
         shares += [settings.binding * concepts * len(bank) / both for bank in self.joint]
-        # Norm layers take part as they are: they have no factors.
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
+        some = [bank.thinned(3) for bank in self.held]
         if factors:
-            with capture.applied(self.modules, norms):
-                factors = polish(
-                    self.host, self.modules, factors, [*self.banks, *self.joint], shares, steps, self.rows,
-                    settings.seed, lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-                    1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
-                    settings.guided if settings.thorough else 0.0, self.held_out,
-                )  # fmt: skip
+            factors = polish(
+                self.host, self.modules, factors, [*self.banks, *self.joint], shares, steps, self.rows,
+                settings.seed, lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+                1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
+                settings.guided if settings.thorough else 0.0,
+                lambda found: sum(missed(self.host, self.modules, norms | found, some, self.rows)[:-1]),
+                self.reading, settings.reading, norms,
+            )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, self.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):
-            return before, before  # so few steps may lead away: what they began with is better
+            self.merged = closed  # so few steps may lead away: what they began with is better
+            return before, before
         self.merged = norms | factors
         return before, after
-
-    def held_out(self, factors: Changes) -> float:
-        """What factors miss of the concepts' effects on some of the pictures kept aside, summed; norm layers act."""
-        some = [bank.thinned(3) for bank in self.held]
-        return sum(missed(self.host, self.modules, factors, some, self.rows)[:-1])
 
     def reasons(self, left: Sequence[float]) -> list[str]:
         """Why some concepts stay weak, and what to try; `left` is what is missed of each."""

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from loraclr.capture import Bank, Changes, applied
 from loraclr.hosts import Host
+from loraclr.reading import Reading
+from loraclr.training import LOSS_SCALE, Trained, schedule
 from loraclr.whitening import Whitening
 
-RATE = 0.02  # learning rate of a factor relative to its own root mean square
 CHECK = 100  # steps between two looks at what was kept out
 PATIENCE = 2  # looks in a row that may be worse than the best before a run ends
-LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,6 @@ def together(bank: Bank) -> list[tuple[int, ...]]:
     return pairs + [(entry,) for entry in range(len(bank)) if entry not in paired]
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, with both factors of one root mean square, so that one learning rate fits both."""
-    ratio = (_rms(down) / _rms(up)).clamp(1e-6, 1e6).sqrt()
-    return up * ratio, down / ratio
-
-
-def _rms(value: Tensor) -> Tensor:
-    return value.float().square().mean().sqrt().clamp(min=1e-12)
-
-
 def polish(
     host: Host,
     modules: Mapping[str, nn.Module],
@@ -79,6 +69,9 @@ def polish(
     guidance: float = 1.0,
     guided: float = 0.0,
     held_out: Callable[[Changes], float] | None = None,
+    reading: Reading | None = None,
+    reads: float = 1.0,
+    fixed: Changes | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train the factors for `steps` steps and return them: those with which least is missed of what was kept out.
 
@@ -95,39 +88,35 @@ def polish(
         guidance, guided: g, and the share of the loss that is on the guided prediction.
         held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps and at the end, and
             a run that gets worse there ends early; runs of fewer steps are not looked at.
+        fixed: changes that act beside the factors and stay as they are: of norm layers, which have no factors.
+        reading, reads: what is learnt about words in each step, too, and its weight; both parts of the loss are shares
+            of the LoRAs' effects.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
-    trained = _Trained(changes, whitenings or {}, host.device)
-    factors = trained.factors
-    groups = [{"params": [value], "lr": RATE * _rms(value.detach()).item()} for value in factors]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-
+    trained = Trained(changes, whitenings or {}, host.device)
     weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     # Rows alone show more noises at a time than pairs do.
     units = [together(bank) if guided else [(entry,) for entry in range(len(bank))] for bank in banks]
     count = max(1, batch // 2) if guided else batch
-    first, scale = None, LOSS_SCALE
+    first, effect, scale = None, 0.0, LOSS_SCALE
     best, least, worse = None, math.inf, 0
     for step in range(steps):
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * min((step + 1) / 5, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lesson = reading.lesson() if reading else None
+        effect = effect or _effect(host, banks, [row for unit in rows for row in unit], at_once or batch)
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()
-        with torch.enable_grad(), applied(modules, live):
+        with torch.enable_grad(), applied(modules, {**live, **(fixed or {})}):
             leaves = [value for pair in live.values() for value in pair]
             loss = _descend(host, banks, rows, at_once or batch, leaves, scale, guidance, guided)
-        trained.descend(live)
-        norm = nn.utils.clip_grad_norm_(factors, 1.0)
-        if norm.isfinite():
-            optimizer.step()
-        else:  # half precision overflowed on the way back: skip the step, and ask for less from the next
-            scale = max(1.0, scale / 8)
+            if lesson:
+                reading.learn(lesson, live, reads * effect, scale)
+        if not trained.descend(live, schedule(step, steps)):
+            scale = max(1.0, scale / 8)  # half precision overflowed on the way back: ask for less from the next step
         first = first or loss
         tick(step + 1, loss / max(first, 1e-20))
         if held_out and steps >= CHECK and ((step + 1) % CHECK == 0 or step + 1 == steps):
@@ -137,40 +126,6 @@ def polish(
             if worse >= PATIENCE:
                 break
     return best or trained.found()
-
-
-class _Trained:
-    """The numbers that are trained, for each layer up and the whitened down, and the factors that they stand for."""
-
-    def __init__(self, changes: Changes, whitenings: Mapping[str, Whitening], device: torch.device) -> None:
-        self.names, self.whitenings = list(changes), [whitenings.get(name) for name in changes]
-        self.factors: list[Tensor] = []
-        for (up, down), whitening in zip(changes.values(), self.whitenings, strict=True):
-            up, down = up.detach().to(device, torch.float32), down.detach().to(device, torch.float32)
-            pair = balanced(up, down if whitening is None else whitening.whiten(down))
-            self.factors += [value.clone().requires_grad_() for value in pair]
-
-    @torch.no_grad()
-    def live(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors by layer name, as leaves of a graph of their own."""
-        pairs = zip(self.factors[::2], self.factors[1::2], self.whitenings, strict=True)
-        values = [(up, white if whitening is None else whitening.colour(white)) for up, white, whitening in pairs]
-        return {
-            name: (up.detach().requires_grad_(), down.detach().requires_grad_())
-            for name, (up, down) in zip(self.names, values, strict=True)
-        }
-
-    def found(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors by layer name, as they are now."""
-        return {name: (up.detach().clone(), down.detach().clone()) for name, (up, down) in self.live().items()}
-
-    @torch.no_grad()
-    def descend(self, live: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Take over the gradients of these factors; W is symmetric, so dL/dZ = dL/d(Z W) W."""
-        for place, (up, down) in enumerate(live.values()):
-            whitening = self.whitenings[place]
-            self.factors[2 * place].grad = up.grad
-            self.factors[2 * place + 1].grad = down.grad if whitening is None else whitening.colour(down.grad)
 
 
 def _descend(
@@ -183,9 +138,7 @@ def _descend(
     guidance: float,
     guided: float,
 ) -> float:
-    """Set the factors' gradients of the rows' mean error in v, which is returned; `scale` is out of them again."""
-    for value in factors:
-        value.grad = torch.zeros_like(value)
+    """Add the gradients of the rows' mean error in v, which is returned, to the factors'; `scale` is out of them."""
     if at_once < 2:
         units = [(row,) for unit in units for row in unit]
     times = torch.stack([banks[unit[0].bank].t[unit[0].entry] for unit in units])
@@ -206,6 +159,15 @@ def _descend(
     return whole
 
 
+@torch.no_grad()
+def _effect(host: Host, banks: list[Bank], rows: Sequence[Row], at_once: int) -> float:
+    """The mean error of these rows in v without any change, so the size of what is to be learnt."""
+    weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows])).to(host.device)
+    parts = [rows[begin : begin + at_once] for begin in range(0, len(rows), at_once)]
+    errors = torch.cat([error(host, banks, part) for part in parts])
+    return ((errors * weights).sum() / weights.sum()).item()
+
+
 def _loss(unit: Tensor, guidance: float, guided: float) -> Tensor:
     """The mean squared difference of one row (1, 4, h, w), or of two and of what guidance makes of them."""
     plain = unit.square().mean()
@@ -223,12 +185,12 @@ def in_v(host: Host, t: Tensor) -> Tensor:
     return 1 / host.alphas.cpu()[t.long().clamp(0, len(host.alphas) - 1)]
 
 
-def error(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
+def error(host: Host, banks: list[Bank], rows: Sequence[Row]) -> Tensor:
     """Mean squared difference (B,) between what the host predicts now and the rows' teachers."""
     return difference(host, banks, rows).square().flatten(1).mean(1)
 
 
-def difference(host: Host, banks: list[Bank], rows: list[Row]) -> Tensor:
+def difference(host: Host, banks: list[Bank], rows: Sequence[Row]) -> Tensor:
     """What the host predicts now less the rows' teachers (B, 4, h, w)."""
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))

@@ -5,6 +5,7 @@ Backgrounds and second objects vary, so that the statistics are about the concep
 
 from __future__ import annotations
 
+import random
 from typing import Literal
 
 Kind = Literal["subject", "style"]
@@ -79,6 +80,51 @@ MORE_NEUTRAL = (
     "a tree on a yellow background",
     "a star and a heart on a blue background",
 )
+
+
+#: Prompts of which only the words are looked at, no picture; `{word}` is one of `WORDS`.
+WANDERING = {
+    "subject": (
+        "a {}",
+        "a photo of a {}",
+        "a {} and a {word}",
+        "a {word} and a {}",
+        "a {word} {}",
+        "{}, {word}, {word}",
+    ),
+    "style": ("a {word} in {}", "a photo of a {word} in {}", "a {word} and a {word} in {}", "a {word}, {word}, {}"),
+    None: ("a {word}", "a photo of a {word}", "a {word} and a {word}", "a {word} {word}", "{word}, {word}"),
+}
+PLACES = ("", "", " on a {word} background", " on a {word} background", " in the {word}")
+WORDS = (
+    "red", "green", "blue", "yellow", "white", "black", "gray", "brown", "gold", "silver", "dark", "bright", "golden",
+    "wooden", "stone", "glass", "metal", "paper", "velvet", "old", "young", "small", "large", "tall", "round", "thin",
+    "soft", "sharp", "shiny", "dusty", "wet", "frozen", "burning", "broken", "happy", "sad", "angry", "sleeping",
+    "running", "standing", "sitting", "flying", "swimming", "dancing", "smiling", "beach", "forest", "mountain",
+    "river", "lake", "sea", "desert", "island", "garden", "field", "meadow", "street", "city", "village", "castle",
+    "church", "bridge", "tower", "market", "kitchen", "bedroom", "office", "library", "museum", "station", "harbour",
+    "cave", "sky", "night", "morning", "evening", "sunset", "sunrise", "winter", "summer", "autumn", "spring", "rain",
+    "snow", "fog", "storm", "cloud", "moon", "sun", "star", "fire", "smoke", "shadow", "light", "mirror", "window",
+    "door", "wall", "floor", "table", "chair", "bed", "lamp", "clock", "book", "letter", "bottle", "cup", "plate",
+    "knife", "basket", "box", "bag", "hat", "coat", "dress", "shirt", "scarf", "glove", "shoe", "ring", "sword",
+    "shield", "guitar", "piano", "violin", "drum", "camera", "phone", "computer", "car", "train", "ship", "boat",
+    "bicycle", "plane", "rocket", "horse", "dog", "cat", "bird", "fish", "cow", "sheep", "goat", "pig", "bear",
+    "wolf", "fox", "lion", "elephant", "monkey", "snake", "frog", "bee", "butterfly", "spider", "tree", "flower",
+    "rose", "grass", "leaf", "apple", "banana", "cherry", "grape", "bread", "cheese", "cake", "egg", "soup", "coffee",
+    "man", "woman", "child", "king", "queen", "soldier", "doctor", "painter", "dancer", "robot", "ghost", "dragon",
+    "wizard", "portrait", "painting", "drawing", "sketch", "sculpture", "poster", "cinematic", "detailed", "blurry",
+    "vintage", "modern",
+)  # fmt: skip
+
+
+def wandering(rng: random.Random, trigger: str = "", kind: Kind = "subject") -> str:
+    """A prompt with words drawn at random around a trigger; without one, around none."""
+    text = rng.choice(WANDERING[kind if trigger else None]) + rng.choice(PLACES)
+    if kind == "style" and trigger and rng.random() < 0.5:  # the place before the style, as people write it, too
+        text = rng.choice(("a {word}", "a {word} and a {word}")) + rng.choice(PLACES) + " in {}"
+    while "{word}" in text:
+        text = text.replace("{word}", rng.choice(WORDS), 1)
+    return text.replace("{}", trigger)
 
 
 def usual(kind: Kind) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Merge:
         settings: a dataclass of what the method was told.
         method: its name in `loraclr.methods`.
         missed: per concept name the share of its effect that the merge misses on a picture that it has not learnt from
-            (0 is perfect), after the closed form and after the polish.
+            (0 is perfect), by the closed form and in the end.
         alignment: per concept name and kind of layer how near the merged change comes to its own (1: the same), see
             `loraclr.alignment`.
         objective: per kind of layer what the paper minimises, see `loraclr.hinge`.

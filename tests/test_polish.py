@@ -8,7 +8,8 @@ from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts import Context
-from loraclr.polish import CHECK, _loss, balanced, missed, polish, together
+from loraclr.polish import CHECK, _loss, missed, polish, together
+from loraclr.training import balanced
 
 
 def bank_of(host: ToyHost, changes, prompts: list[str]) -> Bank:

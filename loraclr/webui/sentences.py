@@ -11,6 +11,7 @@ CORE = (
     "Fitting the text encoder",
     "Fitting words to pictures",
     "Fitting the picture layers",
+    "Learning the words, step {step} of {steps}",
     "Polishing, step {step} of {steps}",
     "Measuring what came of it",
     "Drawing {name}",
