@@ -240,7 +240,7 @@ def test_progress_and_interrupt(alone: Alone, tab: Page) -> None:
     tab.start()
     bar = tab.page.locator("#loraclr_results .progressDiv")
     bar.get_by_text("left").wait_for()
-    assert re.fullmatch(r"(Looking at|Fitting|Polishing).*: \d+%, \d+:\d\d left", bar.text_content())
+    assert re.fullmatch(r"(Looking at|Fitting|Learning|Polishing).*: \d+%, \d+:\d\d left", bar.text_content())
     tab.page.reload()
     tab.open()
     bar.get_by_text("left").wait_for()
@@ -348,9 +348,15 @@ def test_keyboard_only(alone: Alone, tab: Page) -> None:
     tab_to("loras")
     for number, name in enumerate((TIGER, PANDA), 1):
         keyboard.type(name)
-        tab.page.locator("#loraclr_loras ul.options li").first.wait_for()
+        # The list opens whole, and Enter takes its first line: the right one only once gradio has heard what was typed.
+        tab.page.wait_for_function(
+            "name => (document.querySelector('#loraclr_loras ul.options li')?.getAttribute('aria-label') ?? '')"
+            ".split('\u2003')[0] == name",
+            arg=name,
+        )
         keyboard.press("Enter")
-        tab.page.locator(f"#loraclr_concept_{number}").wait_for()
+        tab.page.locator(f'#loraclr_concept_{number} [data-name="{name}"]').wait_for()
+    tab.settle()
     tab_to("trigger_2")
     keyboard.press("End")
     keyboard.type(" bear")
