@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loraclr import methods
+from loraclr import methods, plan
 from loraclr.blocks import block_weights
 from loraclr.changes import Changes, changes_of
 from loraclr.concept import Concept
@@ -28,6 +28,7 @@ class Entry:
         each: changes for each concept's own prompts.
         together: changes for prompts that name two concepts; None: the method has none.
         settings: what the merge was told, for the record.
+        seen: pairs of places whose LoRAs the merge has looked at in one picture.
     """
 
     each: Sequence[Changes]
@@ -35,6 +36,7 @@ class Entry:
     capture_s: float = 0.0
     merge_s: float = 0.0
     settings: Mapping = field(default_factory=dict)
+    seen: Collection[frozenset[int]] = ()
 
 
 Run = Callable[[Host, Sequence[Concept], int, Mapping], Entry]
@@ -90,7 +92,10 @@ def on_model(method: str, **settings) -> Run:
     """A method of `loraclr.methods` that looks at the model."""
 
     def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
-        return _entry(methods.merge(host, concepts, method, Settings(**{**settings, **options, "seed": seed})), options)
+        told = Settings(**{**settings, **options, "seed": seed})
+        scenes = plan.pairs(concepts, told) if method == "loraclr" else ()
+        seen = {frozenset((scene.left, scene.right)) for scene in scenes}
+        return replace(_entry(methods.merge(host, concepts, method, told), options), seen=seen)
 
     return run
 

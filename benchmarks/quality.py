@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def measure(bench: Bench, key: tuple[int, str, int], contender: Contender) -> Pi
             known = REFERENCES.get(method) == part
             drawn[part] = bench.pictures(key, part) if known else drawings(bench, entry, part, shots[part])
             save_strip(drawn[part], bench.strip(key, part))
-        values = figures(bench, key, chosen, shots, drawn)
+        values = figures(bench, key, chosen, shots, drawn, entry.seen)
         piece = Piece(**about, values=values, capture_s=entry.capture_s, merge_s=entry.merge_s, settings=dict(options))
     bench.pieces.add(piece)
     return piece
@@ -154,8 +154,9 @@ def figures(
     chosen: Sequence[Concept],
     shots: dict[str, list[Shot]],
     drawn: Pictures,
+    seen: Collection[frozenset[int]] = (),
 ) -> dict[str, list[float]]:
-    """Every figure of every picture (see `benchmarks.results.FIGURES`)."""
+    """Every figure of every picture (see `benchmarks.results.FIGURES`); `seen`: pairs that the merge has looked at."""
     count, _, seed = key
     single, base = (bench.pictures((count, method, seed), part) for method, part in REFERENCES.items())
     judge, own, plain = bench.judge, drawn["concepts"], drawn["base"]
@@ -164,6 +165,8 @@ def figures(
     text = [metrics.text_alignment([v], s.wanted) for v, s in zip(verdicts, shots["concepts"], strict=True)]
     for picture, shot in zip(drawn["beside"], shots["beside"], strict=True):
         text.append(metrics.text_alignment(judge.verdicts(list(halves(picture))), shot.wanted))
+    both = found(judge, shots["pairs"], drawn["pairs"])
+    known = {frozenset(chosen[place].name for place in pair) for pair in seen}
     values = {
         "identity": [metrics.identity(verdict, concept) for verdict, concept in pairs],
         "top1": [float(verdict.shows(concept.name)) for verdict, concept in pairs],
@@ -171,7 +174,8 @@ def figures(
         "image": metrics.alignment(judge.features(own), judge.features(single)),
         "pixel": [metrics.drift(a, b) for a, b in zip(own, single, strict=True)],
         "crosstalk": [float(metrics.crosstalk(verdict, concept, chosen)) for verdict, concept in pairs],
-        "two_concept": found(judge, shots["pairs"], drawn["pairs"]),
+        "two_concept": both,
+        "two_new": [right for right, shot in zip(both, shots["pairs"], strict=False) if shot.names not in known],
         "beside": found(judge, shots["beside"], drawn["beside"]),
         "base_top1": found(judge, shots["base"], plain),
         "base_drift": [metrics.drift(a, b) for a, b in zip(plain, base, strict=True)],

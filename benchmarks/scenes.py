@@ -40,6 +40,11 @@ class Shot:
     place: int | None
     noise: int
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What must be found: things, and the look if it is not the plain one."""
+        return frozenset({*self.wanted.objects, self.wanted.look} - {"plain"})
+
 
 def chosen(count: int, seed: int) -> tuple[Concept, ...]:
     """`count` of the miniature's concepts, in its order; another seed takes others."""

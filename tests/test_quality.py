@@ -19,6 +19,7 @@ from benchmarks.scenes import QUICK, Plan
 from loraclr import files, methods, prompts, report
 from loraclr.blocks import block
 from loraclr.lora import Layer
+from loraclr.result import begun
 from miniature.drawing import draw
 from miniature.judge import Judge
 from miniature.vocabulary import CONCEPT, CONCEPTS
@@ -118,10 +119,31 @@ class TestRun:
         ]  # fmt: skip
         for row in found:
             for figure in FIGURES:
-                missing = row["method"] == "single" and figure == "two_concept"
+                missing = row["method"] == "single" and figure in ("two_concept", "two_new")
                 assert (row[figure] is None) == missing, (row["method"], figure)
                 assert missing or row[f"{figure}_se"] >= 0
         assert json.loads((tmp_path / "q.json").read_text()) == {"rows": found}
+
+    def test_pairs_that_a_merge_has_looked_at_are_not_new(self, bench, tmp_path: Path, monkeypatch) -> None:
+        _, run = bench
+        usual = contenders.CONTENDERS["sum"]
+        knowing = replace(usual, run=lambda *told: replace(usual.run(*told), seen={frozenset((0, 1))}))
+        monkeypatch.setitem(quality.CONTENDERS, "sum", knowing)
+        run(("sum", "average"), counts=(3,), plan=replace(TINY, pairs=6))
+        pieces = Pieces(tmp_path / "q.jsonl", vars(replace(TINY, pairs=6))).done
+        lengths = {name: len(pieces[3, name, 0].values["two_new"]) for name in ("sum", "average")}
+        styles = sum(concept.is_style for concept in scenes.chosen(3, 0))
+        assert styles == 0 and lengths == {"sum": 4, "average": 6}
+
+    def test_what_a_merge_has_looked_at(self, monkeypatch) -> None:
+        names = ("tiger", "panda", "frog", "outline")
+        asked = [quality.to_merge(CONCEPT[name]) for name in names]
+        merge = begun(asked, None)
+        monkeypatch.setattr(contenders.methods, "merge", lambda *_: merge)
+        seen = contenders.CONTENDERS["loraclr-fast"].run(None, asked, 0, {}).seen
+        assert seen and all(3 not in pair for pair in seen), "styles take no part"
+        assert not contenders.CONTENDERS["fast-no-scenes"].run(None, asked, 0, {}).seen
+        assert not contenders.CONTENDERS["gradient-fusion"].run(None, asked, 0, {}).seen
 
     def test_what_is_compared_with_what(self, bench) -> None:
         _, run = bench
