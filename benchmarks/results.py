@@ -13,17 +13,17 @@ from loraclr.report import Mean, Share, Table
 #: Figure → heading. Shares are counted, the others averaged.
 FIGURES = {
     "identity": "identity", "top1": "top-1", "text": "text", "image": "image", "pixel": "pixel",
-    "crosstalk": "cross-talk", "two_concept": "two", "two_new": "two, new", "beside": "beside base", "base_top1": "base top-1",
-    "base_drift": "base drift", "picture": "picture",
+    "crosstalk": "cross-talk", "two_concept": "two", "two_new": "two, new", "beside": "beside base",
+    "base_top1": "base top-1", "base_drift": "base drift", "picture": "picture",
 }  # fmt: skip
 SHARES = {"top1", "crosstalk", "two_concept", "two_new", "beside", "base_top1"}
 DELTAS = ("identity", "text", "picture")  # also as the mean difference to the single LoRAs, picture by picture
 NOTE = """\
 ± is one standard error over pictures. Δ: merged − single, same prompt and noise. identity: the judge's cosine. text:
 background and base-class words obeyed. image: cosine of the judge's features, and pixel: RMS difference, both to the
-single LoRA's picture. cross-talk: another merged concept found. two: two concepts, each in its half; new: of them
-pairs that the merge has not looked at together. beside: concept and base object. base: no trigger; drift is the RMS difference to the base model. picture: cleanness, without the judge
-(benchmarks/metrics.py)."""
+single LoRA's picture. cross-talk: another merged concept found. two: two concepts, each in its half; new: of these,
+pairs that the merge has not looked at together. beside: concept and base object. base: no trigger; drift is the RMS
+difference to the base model. picture: cleanness, without the judge (benchmarks/metrics.py)."""
 
 
 @dataclass(frozen=True)
