@@ -25,7 +25,7 @@ from loraclr.reading import Reading
 from loraclr.training import LOSS_SCALE, Trained, schedule
 from loraclr.whitening import Whitening
 
-CHECK = 100  # steps between two looks at what was kept out
+CHECK = 200  # steps between two looks at what was kept out
 PATIENCE = 2  # looks in a row that may be worse than the best before a run ends
 
 
