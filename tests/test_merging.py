@@ -209,7 +209,7 @@ def test_two_loras_closer_than_base_and_than_their_sum() -> None:
 
 
 def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
-    assert [Settings("fast").polish_steps(count) for count in (1, 2, 4, 5, 8, 12)] == [64, 64, 64, 80, 128, 192]
+    assert [Settings("fast").polish_steps(count) for count in (1, 2, 4, 5, 8, 12)] == [128, 128, 128, 160, 256, 384]
     assert [Settings("closed").polish_steps(count) for count in (2, 12)] == [0, 0]
 
 
