@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loraclr.solve import float64_device
 
-DAMPING = 1e-3  # δ: energy, relative to the mean of all directions, below which they are no longer told apart
+DAMPING = 3e-2  # δ: energy, relative to the mean of all directions, below which they are no longer told apart
 ROUNDS, SPARE = 4, 16  # of the subspace iteration, and columns beyond those that are wanted
 
 
