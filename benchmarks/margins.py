@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from benchmarks import metrics, scenes
 from benchmarks.contenders import Entry, reference
-from benchmarks.quality import to_merge
 from benchmarks.scenes import Plan
 from loraclr import report
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
 from loraclr.report import Mean, Table
+from miniature.demo import to_merge
 from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge
 

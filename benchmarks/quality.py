@@ -25,11 +25,11 @@ from benchmarks import metrics, scenes
 from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
 from benchmarks.results import COLUMNS, Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
-from loraclr import files, report
+from loraclr import report
 from loraclr.capture import Changes
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
-from miniature import LORAS
+from miniature.demo import to_merge
 from miniature.drawing import draw, open_miniature
 from miniature.evaluate import judged
 from miniature.judge import Judge, halves
@@ -104,11 +104,6 @@ def draw_references(
         if not strip.exists():
             entry = CONTENDERS[method].run(bench.host, asked, seed, {})
             save_strip(drawings(bench, entry, part, shots[part]), strip)
-
-
-def to_merge(concept: Concept) -> loraclr.Concept:
-    lora = files.load(LORAS / f"{concept.name}.safetensors")
-    return loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
 
 
 def tuned(

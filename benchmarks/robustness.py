@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import loraclr
 from benchmarks import metrics
-from benchmarks.quality import to_merge
 from benchmarks.scenes import REPORTING, REPORTING_NOISE
 from loraclr import report
 from loraclr.capture import Bank, applied, filing
@@ -28,7 +27,7 @@ from loraclr.hosts.standalone import Standalone
 from loraclr.lora import LoRA
 from loraclr.plan import POLISH_STEPS, Settings
 from loraclr.report import Mean, Share, Table
-from miniature.demo import STEPS
+from miniature.demo import STEPS, to_merge
 from miniature.drawing import GUIDANCE, draw, open_miniature
 from miniature.evaluate import alone
 from miniature.judge import Judge

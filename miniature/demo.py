@@ -15,7 +15,7 @@ from loraclr import files, merging, report
 from loraclr.capture import Changes, changes_of
 from loraclr.hosts.standalone import Standalone
 from loraclr.methods import stacked
-from loraclr.plan import Settings, Speed
+from loraclr.plan import Settings, Speed, work
 from loraclr.report import Gallery, Mean, Share, Shot, Table
 from miniature import LORAS
 from miniature.drawing import draw, open_miniature
@@ -47,6 +47,11 @@ class Plan:
     seed: int = 0
     scenes: int = 2
     style: bool = True
+
+    @property
+    def settings(self) -> Settings:
+        """Of the merges."""
+        return Settings(speed=self.speed, seed=self.seed, scenes=self.scenes)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def run(output: Path, plan: Plan, progress: merging.Progress, device: str | None
     """
     judge = Judge.load()
     host = open_miniature(device)
-    pace = _Pace(plan, progress)
+    pace = _Pace(host, plan, progress)
     own: dict[str, Drawing] = {}  # a concept's own LoRA draws the same pictures whatever it is merged with
     rounds = [_round(host, judge, chosen(count, plan.style), plan, output, own, pace) for count in plan.counts]
     progress("Writing the report", 1.0, 0.0)
@@ -116,12 +121,12 @@ LEAD = (
 class _Pace:
     """Progress of merges and drawings together, measured in rows that go through the UNet."""
 
-    def __init__(self, plan: Plan, progress: merging.Progress) -> None:
+    def __init__(self, host: Standalone, plan: Plan, progress: merging.Progress) -> None:
         self.progress, self.done, self.start = progress, 0.0, time.monotonic()
-        self.merges = {
-            count: 288 * (count + 1) + 64 * plan.scenes * count + 96 * Settings(plan.speed).polish_steps(count)
-            for count in plan.counts
-        }
+        self.merges = {}
+        for count in plan.counts:
+            concepts = [to_merge(concept) for concept in chosen(count, plan.style)]
+            self.merges[count] = work(host, concepts, plan.settings)
         drawn = max(plan.counts) + sum(2 * count + 2 * (count > 1) for count in plan.counts)
         self.whole = sum(self.merges.values()) + 2 * STEPS * plan.pictures * drawn
 
@@ -153,16 +158,11 @@ def _round(
     pace: _Pace,
 ) -> Round:
     """Merge some concepts, and draw and judge them with every method."""
-    loras = [files.load(LORAS / f"{concept.name}.safetensors") for concept in concepts]
-    asked = [
-        loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
-        for lora, concept in zip(loras, concepts, strict=True)
-    ]
-    settings = Settings(speed=plan.speed, seed=plan.seed, scenes=plan.scenes)
-    merge = merging.merge(host, asked, settings, pace.of_merge(len(concepts)))
+    asked = [to_merge(concept) for concept in concepts]
+    merge = merging.merge(host, asked, plan.settings, pace.of_merge(len(concepts)))
     path = loraclr.write(merge, output / f"merged-{len(concepts)}.safetensors", overwrite=True)
     layers = host.layers()
-    single = [changes_of(lora, layers) for lora in loras]
+    single = [changes_of(concept.lora, layers) for concept in asked]
     merged = changes_of(files.load(path), layers)  # what is judged is the file
     stack = stacked(single)
     turn = Round(concepts, merge, {method: {} for method in METHODS}, {method: {} for method in (MERGED, SUM)})
@@ -194,6 +194,12 @@ def chosen(count: int, style: bool = True) -> tuple[Concept, ...]:
     """What `count` LoRAs are merged: things, and if there is to be one, or if there are no more, a style among them."""
     styles = STYLES[: max(int(style and count > 1), count - len(THINGS))]
     return (*THINGS[: count - len(styles)], *styles)
+
+
+def to_merge(concept: Concept) -> loraclr.Concept:
+    """A concept's LoRA, as a merge takes it."""
+    lora = files.load(LORAS / f"{concept.name}.safetensors")
+    return loraclr.Concept(lora, concept.phrase, kind="style" if concept.is_style else "subject")
 
 
 def prompts_of(concept: Concept, count: int) -> list[str]:

@@ -8,9 +8,9 @@ pytest.importorskip("diffusers")
 
 from benchmarks import metrics, scenes
 from benchmarks.contenders import CONTENDERS
-from benchmarks.quality import to_merge
 from loraclr.plan import POLISH_STEPS
 from loraclr.report import Mean
+from miniature.demo import to_merge
 from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge
 

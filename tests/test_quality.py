@@ -20,6 +20,7 @@ from loraclr import files, methods, prompts, report
 from loraclr.blocks import block
 from loraclr.lora import Layer
 from loraclr.result import begun
+from miniature import demo
 from miniature.drawing import draw
 from miniature.judge import Judge
 from miniature.vocabulary import CONCEPT, CONCEPTS
@@ -62,7 +63,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         up[place % 4] = 1 + place / 12
         down = torch.eye(4)[place % 3][None] if place < 3 else torch.ones(1, 4)
         files.save(folder / f"{concept.name}.safetensors", {UNET: Layer(up, down, 1.0)}, {})
-    monkeypatch.setattr(quality, "LORAS", folder)
+    monkeypatch.setattr(demo, "LORAS", folder)
     host, judge = Host(), Judge.load()
 
     def run(names=("sum", "average"), counts=(2,), seeds=1, plan=TINY) -> list[dict]:

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from benchmarks import robustness
-from benchmarks.quality import to_merge
 from loraclr.changes import changes_of
 from loraclr.plan import Settings
+from miniature.demo import to_merge
 from miniature.drawing import open_miniature
 from miniature.judge import Judge
 from miniature.vocabulary import CONCEPT
