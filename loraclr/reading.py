@@ -119,7 +119,7 @@ class Reading:
             leaves = [ends[1]] if not name else [ends[0], *(pair or ())]
             with torch.enable_grad(), torch.autocast(ends[0].device.type, enabled=False):
                 loss = self._misread(name, lesson, ends, pair) / len(parts)
-            found = torch.autograd.grad(loss * share, leaves)
+                found = torch.autograd.grad(loss * share, leaves)
             gradients[0 if name else 1] += found[0]
             for value, gradient in zip(leaves[1:], found[1:], strict=True):
                 value.grad += gradient

@@ -103,6 +103,15 @@ def test_practice_helps_with_words_that_it_did_not_have() -> None:
         assert same != (name.startswith("lora_te") or is_cross_kv(name)), name
 
 
+def test_a_caller_without_gradients_may_ask_for_it() -> None:
+    host = ToyHost()
+    reading = reading_of(host, toys(host))
+    start = changes_of(toy_lora(host, "c", 3), host.layers())
+    with torch.no_grad():
+        after = practise(reading, start, {}, 2, lambda _: None)
+    assert any(not torch.equal(after[name][0], start[name][0]) for name in start)
+
+
 def test_the_pooled_text_of_sdxl_is_learnt_too(tmp_path: Path) -> None:
     host = Standalone(pipeline("sdxl", tmp_path / "clip"))
     layers = {

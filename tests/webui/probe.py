@@ -6,6 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import networks
 import torch
@@ -15,7 +16,7 @@ from modules.call_queue import queue_lock
 from torch import nn
 
 import loraclr
-from loraclr import files, merging
+from loraclr import files, merging, plan
 from loraclr.capture import Changes, applied, changes_of, is_cross_kv
 from loraclr.hosts.a1111 import A1111
 from loraclr.lora import LoRA
@@ -207,8 +208,10 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
             repeated = (host.predict(x, t, ours) - prediction).norm() / prediction.norm()
         worded = with_word(host, concepts[-1].lora, triggers[-1])
         concepts[-1] = replace(concepts[-1], lora=worded)
-        settings = Settings(speed="closed", **QUICK)
-        merged = merging.merge(host, concepts, settings)
+        merged = merging.merge(host, concepts, Settings(speed="closed", **QUICK))
+        stages: list[str] = []
+        with patch.dict(plan.POLISH_STEPS, fast=2), patch.dict(plan.READING_STEPS, fast=4):
+            trained = merging.merge(host, concepts, Settings(scenes=1, **QUICK), lambda stage, *_: stages.append(stage))
         path = loraclr.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
         untouched = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         host.publish(path)
@@ -242,6 +245,8 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
         "missed": merged.missed,
         "without_gradient": dead,
         "untouched": untouched,
+        "stages": stages,
+        "trained": sorted(trained.layers),
         "apart": [float((a - b).norm() / (b - c).norm()) for a, b, c in zip(theirs, wanted, plain, strict=True)],
         "effect": [float((b - c).norm() / c.norm()) for b, c in zip(wanted, plain, strict=True)],
         "restored": all(torch.allclose(a, b, atol=1e-6) for a, b in zip(after, plain, strict=True)),

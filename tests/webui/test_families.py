@@ -58,6 +58,13 @@ def test_gradients_reach_every_layer_that_is_used(probed) -> None:
     assert said["without_gradient"] == (unused if family == "sdxl" else [])
 
 
+def test_words_and_pictures_are_learnt_from(probed) -> None:
+    """All stages of a merge that trains, with the family's own text encoders."""
+    _, said = probed
+    assert {"Learning the words, step 4 of 4", "Polishing, step 2 of 2"} <= set(said["stages"])
+    assert said["trained"] == said["layers"]
+
+
 def test_the_webui_loads_the_result_as_our_hooks_apply_it(probed) -> None:
     _, said = probed
     assert said["complaints"] == []
