@@ -16,7 +16,7 @@ from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.concept import Concept
 from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
 from loraclr.keys import Family, kohya_name
-from loraclr.plan import POLISH_STEPS, Settings
+from loraclr.plan import POLISH_STEPS, READING_STEPS, Settings
 from loraclr.polish import missed, polish
 from miniature import checkpoint, drawing
 
@@ -141,6 +141,7 @@ def test_diffusers_loads_every_layer_of_a_pipeline(family: Family, tmp_path: Pat
 def test_a_model_in_half_precision_is_merged_for(host, tmp_path: Path, monkeypatch) -> None:
     """As on a graphics card: all stages; before the polish as much is missed as in full precision."""
     monkeypatch.setitem(POLISH_STEPS, "fast", 2)
+    monkeypatch.setitem(READING_STEPS, "fast", 2)
     monkeypatch.setattr(plan, "rows", lambda size: 4)
     whole = merging.merge(host, concepts(host), Settings(speed="closed", **QUICK))
     host.pipeline.to(torch.bfloat16)
