@@ -107,7 +107,8 @@ def polish(
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         lesson = reading.lesson() if reading else None
-        effect = effect or _effect(host, banks, [row for unit in rows for row in unit], at_once or batch)
+        if lesson and not effect:
+            effect = _effect(host, banks, [row for unit in rows for row in unit], at_once or batch)
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()
         with torch.enable_grad(), applied(modules, {**live, **(fixed or {})}):

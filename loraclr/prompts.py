@@ -6,6 +6,7 @@ Backgrounds and second objects vary, so that the statistics are about the concep
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 Kind = Literal["subject", "style"]
@@ -117,13 +118,13 @@ WORDS = (
 )  # fmt: skip
 
 
-def wandering(rng: random.Random, trigger: str = "", kind: Kind = "subject") -> str:
+def wandering(rng: random.Random, trigger: str = "", kind: Kind = "subject", words: Sequence[str] = WORDS) -> str:
     """A prompt with words drawn at random around a trigger; without one, around none."""
     text = rng.choice(WANDERING[kind if trigger else None]) + rng.choice(PLACES)
     if kind == "style" and trigger and rng.random() < 0.5:  # the place before the style, as people write it, too
         text = rng.choice(("a {word}", "a {word} and a {word}")) + rng.choice(PLACES) + " in {}"
     while "{word}" in text:
-        text = text.replace("{word}", rng.choice(WORDS), 1)
+        text = text.replace("{word}", rng.choice(words), 1)
     return text.replace("{}", trigger)
 
 

@@ -14,6 +14,7 @@ is needed, and a prompt costs a call of the text encoder or two.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,9 @@ class Reading:
         self.concepts, self.usual = concepts, usual
         self.layers = [name for name in modules if is_cross_kv(name)]
         self.weights = [1.0] * len(concepts) + [neutral * len(concepts)]
+        # A word that calls a concept says something else with that concept's LoRA than with another's, or with none.
+        taken = {word for concept in concepts for word in re.findall(r"\w+", concept.trigger.lower())}
+        self.words = [word for word in prompts.WORDS if word not in taken]
         self.random = random.Random(seed)
         self.scales = self._scales()
 
@@ -88,7 +92,7 @@ class Reading:
         # What has no trigger cannot be told from what must not change, but by its own prompts.
         if self.random.random() < USUAL or not (trigger or neutral):
             return self.random.choice(list(self.usual[place]))
-        return prompts.wandering(self.random, trigger, kind)
+        return prompts.wandering(self.random, trigger, kind, self.words)
 
     @torch.no_grad()
     def read(self, asked: Sequence[tuple[int, str]]) -> Lesson:

@@ -166,6 +166,17 @@ def test_random_prompts_hold_the_trigger_and_no_word_that_is_reported_on() -> No
     assert not words & {*REPORTING, *OBJECTS}
 
 
+def test_words_that_call_a_concept_are_not_drawn_at_random() -> None:
+    """Else its own LoRA, another's and the base would each ask for something else of one word."""
+    host = ToyHost()
+    words = ("sks Dragon", "queen, portrait")
+    reading = reading_of(host, [Concept(toy_lora(host, trigger, 1), trigger) for trigger in words])
+    drawn = [pair for _ in range(200) for pair in _pairs(reading.lesson())]
+    others = [text.replace(words[place], "") if place < 2 else text for place, text in drawn]
+    found = {word for text in others for word in text.replace(",", "").split()}
+    assert not found & {"dragon", "queen", "portrait"} and {"wizard", "king", "painting"} <= found
+
+
 def test_a_lora_without_trigger_learns_from_its_own_prompts_only() -> None:
     host = ToyHost()
     reading = reading_of(host, [Concept(toy_lora(host, "a", 1), "", prompts=("a hill",))])
