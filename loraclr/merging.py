@@ -58,9 +58,9 @@ def merge(
     """Merge concept LoRAs into one.
 
     Stages: the text encoder is solved in closed form; then cross-attention keys and values, fed by the merged text
-    encoder; both learn from words alone; then the UNet's other layers are solved, from each concept's own denoising run;
-    then the factors of all layers are polished together on what those runs predicted. `fit` solves a layer in another way
-    than the closed form.
+    encoder; both learn from words alone; then the UNet's other layers are solved, from each concept's own denoising
+    run; then the factors of all layers are polished together on what those runs predicted. `fit` solves a layer in
+    another way than the closed form.
 
     Raises:
         ValueError: see `check`.
