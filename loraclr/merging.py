@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loraclr import capture, diagnosis, folding, hinge, memory, plan, scenes
 from loraclr.alignment import alignment
+from loraclr.astray import astray
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
@@ -86,6 +87,7 @@ def merge(
             run.solve("Fitting the picture layers")
             result.seconds["solve"] = result.seconds.get("solve", 0.0) + run.lap()
         run.compose()
+        run.look_astray()
         result.seconds["capture"] += run.lap()
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
@@ -145,6 +147,7 @@ class _Run:
         self.fitted: Changes = {}  # closed forms that have learnt since
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
+        self.stray: list[Bank] = []  # of each concept and of what must not change: states of the others' ways
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
@@ -242,6 +245,18 @@ class _Run:
             )  # fmt: skip
             self.joint.append(bank)
 
+    def look_astray(self) -> None:
+        """Ask each concept's own LoRA, and the base, what to make of pictures on their way to something else."""
+        stage, states = "Looking at what could go wrong", plan.states(self.settings)
+        for place in range(len(self.banks) if states else 0):
+            self.tick(stage)
+            with self.acting(place):
+                bank = astray(
+                    self.host, self.banks, place, states, self.settings.batch, self.settings.seed,
+                    lambda rows: self.tick(stage, rows),
+                )  # fmt: skip
+            self.stray.append(bank)
+
     def draw(self, place: int, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
         stage, settings = f"Looking at {self.names[place]}", self.settings
@@ -329,14 +344,15 @@ class _Run:
         if not steps:
             return before, before
         settings, both = self.settings, sum(map(len, self.joint))
-        shares = [1.0] * concepts + [settings.neutral * concepts]
-        shares += [settings.binding * concepts * len(bank) / both for bank in self.joint]
+        own = [1.0] * concepts + [settings.neutral * concepts]
+        beside = [settings.binding * concepts * len(bank) / both for bank in self.joint]
+        shares = [*own, *beside, *(settings.astray * share for share in own[: len(self.stray)])]
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
         some = [bank.thinned(3) for bank in self.held]
         if factors:
             factors = polish(
-                self.host, self.modules, factors, [*self.banks, *self.joint], shares, steps, self.rows,
+                self.host, self.modules, factors, [*self.banks, *self.joint, *self.stray], shares, steps, self.rows,
                 settings.seed, lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                 1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
                 settings.guided if settings.thorough else 0.0,

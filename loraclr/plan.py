@@ -18,6 +18,7 @@ Speed = Literal["closed", "fast", "balanced", "best"]
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 128, "balanced": 400, "best": 1600}
 READING_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 400}
 FEW = 4
+STATES = 128  # states astray of each concept (`loraclr.astray`) that a thorough merge learns from
 #: What a prompt through the text encoder, forwards and back, takes of a row through the UNet: .03 in SD 1.5 by its
 #: operations, a third in the miniature.
 PROMPT = 0.2
@@ -35,6 +36,8 @@ class Settings:
         anchor: the same in the closed form.
         scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
+        astray: weight in the polish of states on the way to something else (`loraclr.astray`), relative to the pictures
+            of one concept; 0: none are looked at.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
@@ -52,6 +55,7 @@ class Settings:
     anchor: float = 0.0
     scenes: int = 2
     binding: float = 0.5
+    astray: float = 0.5
     guided: float = 0.3
     reading: float = 1.0
     directions: int = 64
@@ -95,6 +99,11 @@ def pairs(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]
     return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
 
 
+def states(settings: Settings) -> int:
+    """States on the way to something else that each concept's LoRA is asked about."""
+    return (STATES if settings.thorough else STATES // 2) if settings.astray and POLISH_STEPS[settings.speed] else 0
+
+
 def rows(size: int) -> int:
     """UNet calls in a step of the polish for pictures of this side in pixels: as many as small memory holds.
 
@@ -104,13 +113,14 @@ def rows(size: int) -> int:
 
 
 def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
-    """Rows through the UNet for all pictures that are looked at before the polish.
+    """Rows through the UNet for all that is looked at before the polish.
 
     Args:
         passes: how often the concepts' own pictures are drawn: more than once if not all layers fit into memory.
     """
     own = [len(each) for each in texts(concepts, settings)]
-    return 2 * settings.steps * (passes * sum(own) + len(own) + 2 * len(pairs(concepts, settings)))
+    drawn = 2 * settings.steps * (passes * sum(own) + len(own) + 2 * len(pairs(concepts, settings)))
+    return drawn + 2 * states(settings) * len(own)
 
 
 def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:

@@ -7,6 +7,7 @@ CORE = (
     "Looking at the words",
     "Looking at two in one picture",
     "Looking at what must not change",
+    "Looking at what could go wrong",
     "Looking at {name}",
     "Fitting the text encoder",
     "Fitting words to pictures",

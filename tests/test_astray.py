@@ -1,0 +1,73 @@
+"""States astray: whose they are, what is asked there, and that a concept's own LoRA answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import ToyHost, toy_lora
+
+from loraclr import plan
+from loraclr.astray import astray
+from loraclr.capture import Bank, applied, changes_of
+from loraclr.concept import Concept
+from loraclr.merging import Settings, _Run, by_closed_form, merge
+
+THING, STYLE = "sks", "ink style"
+
+
+def concepts(host: ToyHost) -> list[Concept]:
+    return [Concept(toy_lora(host, "one", 1), THING), Concept(toy_lora(host, "two", 2), STYLE, kind="style")]
+
+
+def states(bank: Bank) -> set:
+    return {(x.numpy().tobytes(), float(t)) for x, t in zip(bank.x, bank.t, strict=True)}
+
+
+def test_each_lora_is_asked_for_its_own_prompts_in_states_of_the_others() -> None:
+    host = ToyHost()
+    run = _Run(host, concepts(host), Settings(speed="fast", steps=2), lambda *_: None, by_closed_form)
+    for place in range(3):
+        run.look(place, ())
+    run.look_astray()
+    assert len(run.stray) == 3 and plan.states(run.settings) > 20
+    for place, (bank, own) in enumerate(zip(run.stray, run.banks, strict=True)):
+        changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
+        elsewhere = set().union(*(states(other) for other in run.banks if other is not own))
+        assert states(bank) <= elsewhere and not states(bank) <= states(own)
+        others = sum(len(other) for other in run.banks if other is not own)
+        assert len(bank) == min(2 * plan.states(run.settings), others)
+        assert bank.prompts == own.prompts
+        asked = [bank.prompts[number] != "" for number in bank.prompt]
+        assert sum(asked) == len(asked) / 2  # each state with a prompt and without, as guidance puts them together
+        with applied(host.layers(), changes), torch.no_grad():
+            context = host.encode(bank.prompts)[bank.prompt]
+            wanted = host.predict(torch.stack(bank.x), torch.stack(bank.t), context)
+        torch.testing.assert_close(torch.stack(bank.prediction), wanted)
+
+
+def test_the_same_seed_asks_the_same_and_another_something_else() -> None:
+    host, told = ToyHost(), []
+    banks = [Bank([word, ""]) for word in ("a", "b", "c")]
+    for number, bank in enumerate(banks):
+        for step in range(8):
+            x, t = torch.full((4, 8, 8), number + step / 8), torch.tensor(100.0 * step)
+            for prompt in (0, 1):
+                bank.add(x, t, prompt, torch.zeros_like(x))
+    one, same, other = (astray(host, banks, 0, 12, 5, seed, told.append) for seed in (1, 1, 2))
+    assert torch.equal(torch.stack(one.x), torch.stack(same.x))
+    assert not torch.equal(torch.stack(one.x), torch.stack(other.x))
+    assert sum(told) == 3 * 24 and max(told) == 10
+
+
+def test_where_there_is_no_other_picture_nothing_goes_astray() -> None:
+    assert len(astray(ToyHost(), [Bank(["a", ""])], 0, 8, 4, 0, lambda rows: None)) == 0
+
+
+@pytest.mark.parametrize(("speed", "weight"), [("fast", 0.5), ("fast", 0.0), ("closed", 0.5), ("balanced", 0.5)])
+def test_a_merge_looks_at_them_if_it_is_polished_and_they_have_weight(speed: str, weight: float) -> None:
+    host, told = ToyHost(), []
+    settings = Settings(speed=speed, steps=2, astray=weight)
+    merge(host, concepts(host), settings, lambda *now: told.append(now))
+    looked = any(stage == "Looking at what could go wrong" for stage, _, _ in told)
+    assert looked == (speed != "closed" and weight > 0) == (plan.states(settings) > 0)
+    assert [share for _, share, _ in told] == sorted(share for _, share, _ in told)
