@@ -22,7 +22,7 @@ from loraclr.hosts import Host
 def astray(
     host: Host, banks: Sequence[Bank], place: int, count: int, batch: int, seed: int, tick: Callable[[int], object]
 ) -> Bank:
-    """Up to `count` states of the other banks, and what the UNet predicts there for bank `place`'s prompts and for none.
+    """Up to `count` states of other banks, and what the UNet predicts there for bank `place`'s prompts and for none.
 
     Args:
         banks: one for each concept and last the neutral one; the LoRA of bank `place` is to act.
