@@ -152,6 +152,7 @@ CONTENDERS: dict[str, Contender] = {
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
     "fast-no-words": Contender(on_model("loraclr", speed="fast", reading=0.0)),
+    "balanced-no-astray": Contender(on_model("loraclr", speed="balanced", astray=0.0)),
 }
 ON_REQUEST = (
     "fast-unwhitened",
@@ -159,4 +160,5 @@ ON_REQUEST = (
     "fast-no-scenes",
     "fast-no-neutral",
     "fast-no-words",
+    "balanced-no-astray",
 )  # drawn only if asked for by name

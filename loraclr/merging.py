@@ -247,8 +247,10 @@ class _Run:
 
     def look_astray(self) -> None:
         """Ask each concept's own LoRA, and the base, what to make of pictures on their way to something else."""
-        stage, states = "Looking at what could go wrong", plan.states(self.settings)
-        for place in range(len(self.banks) if states else 0):
+        stage = "Looking at what could go wrong"
+        for place, states in enumerate(plan.states(self.texts, self.settings)):
+            if not states:
+                continue
             self.tick(stage)
             with self.acting(place):
                 bank = astray(

@@ -99,9 +99,15 @@ def pairs(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]
     return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
 
 
-def states(settings: Settings) -> int:
-    """States on the way to something else that each concept's LoRA is asked about."""
-    return (STATES if settings.thorough else STATES // 2) if settings.astray and POLISH_STEPS[settings.speed] else 0
+def states(looked_at: Sequence[Sequence[str]], settings: Settings) -> list[int]:
+    """States on the way to something else that each concept's LoRA, and last the base, is asked about.
+
+    Args:
+        looked_at: the prompts, as `texts` returns them.
+    """
+    most = (STATES if settings.thorough else STATES // 2) if settings.astray and POLISH_STEPS[settings.speed] else 0
+    whole = sum(map(len, looked_at))
+    return [min(most, settings.steps * (whole - len(own))) for own in looked_at]
 
 
 def rows(size: int) -> int:
@@ -118,9 +124,9 @@ def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> f
     Args:
         passes: how often the concepts' own pictures are drawn: more than once if not all layers fit into memory.
     """
-    own = [len(each) for each in texts(concepts, settings)]
-    drawn = 2 * settings.steps * (passes * sum(own) + len(own) + 2 * len(pairs(concepts, settings)))
-    return drawn + 2 * states(settings) * len(own)
+    looked_at = texts(concepts, settings)
+    pictures = passes * sum(map(len, looked_at)) + len(looked_at) + 2 * len(pairs(concepts, settings))
+    return 2 * (settings.steps * pictures + sum(states(looked_at, settings)))
 
 
 def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:

@@ -208,17 +208,20 @@ def missed(
 ) -> list[float]:
     """How much of each bank's effect the merge misses: Σ‖v_merged − v_i‖² / Σ‖v_base − v_i‖², 0 is perfect.
 
+    Of a concept's bank only what is predicted with a prompt counts: without one nothing says which concept is wanted.
     For the last bank, the neutral one, whose teacher is the base itself, the plain mean squared difference is given.
     """
     results = []
     for place, bank in enumerate(banks):
-        merged, base = [], []
-        for begin in range(0, len(bank), batch):
-            part = [Row(place, entry) for entry in range(begin, min(begin + batch, len(bank)))]
-            weights = in_v(host, torch.stack(bank.t[begin : begin + batch])).to(host.device)
+        merged, base, own = [], [], place < len(banks) - 1
+        asked = [entry for entry, prompt in enumerate(bank.prompt) if own and bank.prompts[prompt]]
+        rows = [Row(place, entry) for entry in asked or range(len(bank))]
+        for begin in range(0, len(rows), batch):
+            part = rows[begin : begin + batch]
+            weights = in_v(host, torch.stack([bank.t[row.entry] for row in part])).to(host.device)
             base.append(error(host, banks, part) * weights)
             with applied(modules, changes):
                 merged.append(error(host, banks, part) * weights)
         left, whole = torch.cat(merged).sum().item(), torch.cat(base).sum().item()
-        results.append(left / whole if place < len(banks) - 1 and whole > 0 else left / len(bank))
+        results.append(left / whole if own and whole > 0 else left / len(rows))
     return results
