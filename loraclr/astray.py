@@ -1,10 +1,11 @@
 """States astray: what a concept's own LoRA makes of pictures that are on their way to something else.
 
-On its own way to a picture a LoRA's concept shows in every state but the noisiest. A merge that learns from such states
-alone learns to go by what it sees instead of by the prompt, and where its own first steps lead a little aside, the
-concept fades from the picture. The LoRA itself would bring it back: how, it tells in states of other concepts' ways,
-where nothing but the prompt says what is wanted. That is the thought of DAgger (Ross et al. 2011: teach a pupil where
-its errors lead), with states that are there already in the place of the pupil's own, so no picture is drawn for it.
+On its own way to a picture a LoRA's concept shows in every state but the noisiest. A merge that learns from such
+states alone learns to go by what it sees, and where its first steps lead a little aside, the concept fades from the
+picture. So each LoRA is asked about states of other concepts' ways, too, where nothing but the prompt says what is
+wanted. That is the thought of DAgger (Ross et al. 2011: teach a pupil where its errors lead) with states that are there
+already in the place of the pupil's own, so no picture is drawn for it. Asked without a prompt, in the same states, the
+LoRAs tell what they have in common, which is what guidance is to go away from.
 """
 
 from __future__ import annotations
