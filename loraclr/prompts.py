@@ -60,6 +60,7 @@ PAIR = (
     "a {} and a {} on a gray background",
 )
 STAND_INS = ("cat", "dog")  # for a concept on the left or right that a LoRA does not know
+#: Without a background that only they have: it would be learnt as a sign that no concept is wanted.
 NEUTRAL = (
     "a photo of a dog",
     "a cat on a red background",
@@ -68,7 +69,7 @@ NEUTRAL = (
     "a fish on a green background",
     "a bird and a boat on a yellow background",
     "a cake on a gray background",
-    "a key and a star on a pink background",
+    "a key and a star on a white background",
 )
 #: More of them for merges that take more steps.
 MORE_NEUTRAL = (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from loraclr import prompts
 
 
@@ -22,3 +25,15 @@ def test_what_must_not_change_is_what_is_given_and_more_in_a_thorough_merge() ->
     thorough = prompts.kept(prompts.NEUTRAL, thorough=True)
     assert thorough[: len(prompts.NEUTRAL)] == list(prompts.NEUTRAL) and len(set(thorough)) == 2 * len(prompts.NEUTRAL)
     assert prompts.kept(("a dog",), thorough=True) == ["a dog", "a dog"]
+
+
+def test_what_must_not_change_is_told_by_the_trigger_alone() -> None:
+    """A background that only neutral prompts had would be learnt as a sign that no concept is wanted."""
+    for kind in ("subject", "style"):
+        for thorough in (False, True):
+            own = grounds(prompts.filled("sks", kind, thorough=thorough))
+            assert grounds(prompts.kept(prompts.NEUTRAL, thorough)) <= own
+
+
+def grounds(texts: Iterable[str]) -> set[str]:
+    return {match[1] for text in texts if (match := re.search(r"on a (\w+) background", text))}
