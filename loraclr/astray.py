@@ -48,7 +48,7 @@ def astray(
         x = torch.stack([bank.x[entry] for bank, entry, _ in part] * 2).to(context.tokens)
         t = torch.stack([bank.t[entry] for bank, entry, _ in part] * 2).to(x.device)
         predicted = host.predict(x, t, context)
-        for row, prompt in enumerate(asked):
-            found.add(x[row], t[row], prompt, predicted[row])
+        for row, ((bank, entry, _), prompt) in enumerate(zip(part * 2, asked, strict=True)):
+            found.add(bank.x[entry], bank.t[entry], prompt, predicted[row].to(bank.prediction[entry].dtype))
         tick(len(asked))
     return found
