@@ -60,8 +60,8 @@ def merge(
 
     Stages: the text encoder is solved in closed form; then cross-attention keys and values, fed by the merged text
     encoder; both learn from words alone; then the UNet's other layers are solved, from each concept's own denoising
-    run; then the factors of all layers are polished together on what those runs predicted. `fit` solves a layer in
-    another way than the closed form.
+    run; then scenes of two are drawn, and each LoRA is asked about states of the others' runs; then the factors of all
+    layers are polished together on all these predictions. `fit` solves a layer in another way than the closed form.
 
     Raises:
         ValueError: see `check`.
@@ -247,14 +247,12 @@ class _Run:
 
     def look_astray(self) -> None:
         """Ask each concept's own LoRA, and the base, what to make of pictures on their way to something else."""
-        stage = "Looking at what could go wrong"
-        for place, states in enumerate(plan.states(self.texts, self.settings)):
-            if not states:
-                continue
+        stage, states = "Looking at what could go wrong", plan.states(self.texts, self.settings)
+        for place, count in enumerate(states if any(states) else ()):
             self.tick(stage)
             with self.acting(place):
                 bank = astray(
-                    self.host, self.banks, place, states, self.settings.batch, self.settings.seed,
+                    self.host, self.banks, place, count, self.settings.batch, self.settings.seed,
                     lambda rows: self.tick(stage, rows),
                 )  # fmt: skip
             self.stray.append(bank)
