@@ -1,4 +1,9 @@
-"""Training of factors: in coordinates in which their layers' inputs are white, each at a rate relative to its size."""
+"""Training of factors: in coordinates in which their layers' inputs are white, each at a rate relative to its size.
+
+A factor's gradient has a few large directions, those in which the concepts agree, and a step along it hardly moves the
+rest. So every step is made orthogonal first (Muon; Jordan et al. 2024): all its directions are moved alike. With AdamW,
+which evens out entries instead of directions, a merge of many LoRAs takes more than twice the steps to come as near.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from loraclr.changes import Changes
 from loraclr.whitening import Whitening
 
 RATE = 0.02  # learning rate of a factor relative to its own root mean square
+TOGETHER = 16  # factors of one shape whose steps are made orthogonal at a time
+MOMENTUM = 0.6  # share of the steps before that is left in a step
 WARM = 5  # steps until it is reached
 LOSS_SCALE = 1024.0  # keeps gradients of a model in half precision above its smallest number
 
@@ -31,8 +38,46 @@ def _rms(value: Tensor) -> Tensor:
     return value.float().square().mean().sqrt().clamp(min=1e-12)
 
 
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices (B, m, n) with the same singular vectors and singular values near 1, 0.7 to 1.2; zeros stay.
+
+    By five steps of the Newton-Schulz iteration with the quintic of Jordan et al. 2024, so products only.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x if wide is matrices else x.mT
+
+
+class Orthogonal(torch.optim.Optimizer):
+    """Steps of Nesterov momentum, made orthogonal, with the rate as their root mean square. Parameters are matrices."""
+
+    def __init__(self, groups: list[dict]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of every parameter."""
+        alike: dict[torch.Size, list[tuple[Tensor, float, Tensor]]] = {}
+        for group in self.param_groups:
+            for value in group["params"]:
+                before = self.state[value].setdefault("momentum", torch.zeros_like(value))
+                before.lerp_(value.grad, 1 - MOMENTUM)
+                ahead = before.lerp(value.grad, 1 - MOMENTUM)
+                alike.setdefault(value.shape, []).append((value, group["lr"], ahead))
+        for shape, every in alike.items():
+            for begin in range(0, len(every), TOGETHER):
+                part = every[begin : begin + TOGETHER]
+                with torch.autocast(part[0][0].device.type, enabled=False):
+                    steps = orthogonal(torch.stack([ahead for _, _, ahead in part]))
+                for (value, rate, _), step in zip(part, steps, strict=True):
+                    value.sub_(step, alpha=rate * math.sqrt(max(shape)))
+
+
 class Trained:
-    """Factors while they are trained: for each layer up and the whitened down, and the optimiser of these (AdamW)."""
+    """Factors while they are trained: for each layer up and the whitened down, and the optimiser of these."""
 
     def __init__(self, changes: Changes, whitenings: Mapping[str, Whitening], device: torch.device) -> None:
         self.names, self.whitenings = list(changes), [whitenings.get(name) for name in changes]
@@ -42,7 +87,7 @@ class Trained:
             pair = balanced(up, down if whitening is None else whitening.whiten(down))
             self.factors += [value.clone().requires_grad_() for value in pair]
         groups = [{"params": [value], "lr": RATE * _rms(value.detach()).item()} for value in self.factors]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = Orthogonal(groups)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     @torch.no_grad()
