@@ -47,6 +47,8 @@ class Settings:
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
         batch: pictures drawn at a time.
+        neutral_prompts: what must not change; at least one, else ValueError.
+        seed: of all noise and all choices.
     """
 
     speed: Speed = "fast"
@@ -71,6 +73,10 @@ class Settings:
     batch: int = 4
     neutral_prompts: tuple[str, ...] = prompts.NEUTRAL
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.neutral_prompts:
+            raise ValueError("neutral_prompts is empty: give one prompt at least; with neutral=0 it has no weight.")
 
     @property
     def thorough(self) -> bool:

@@ -356,6 +356,11 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
     assert host.drawn == 0
 
 
+def test_what_must_not_change_is_something() -> None:
+    with pytest.raises(ValueError, match=r"^neutral_prompts is empty: give one prompt at least"):
+        Settings(neutral_prompts=())
+
+
 def test_auto_takes_the_rank_that_each_layer_needs() -> None:
     host = ToyHost()
     concepts = [Concept(toy_lora(host, name, seed), word) for name, seed, word in (("a", 1, "sks"), ("b", 2, "zyk"))]
