@@ -38,7 +38,7 @@ class Form:
             SPEEDS,
             value="Fast",
             label="Speed",
-            info="Fast suits most merges; of many LoRAs, eight for example, Balanced keeps clearly more of each. "
+            info="Fast suits most merges; of many LoRAs, twelve for example, Balanced keeps clearly more of each. "
             "It takes several times as long, and Best longer still.",
             elem_id="loraclr_speed",
         )
