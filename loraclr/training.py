@@ -1,8 +1,9 @@
 """Training of factors: in coordinates in which their layers' inputs are white, each at a rate relative to its size.
 
 A factor's gradient has a few large directions, those in which the concepts agree, and a step along it hardly moves the
-rest. So every step is made orthogonal first (Muon; Jordan et al. 2024): all its directions are moved alike. With AdamW,
-which evens out entries instead of directions, a merge of many LoRAs takes more than twice the steps to come as near.
+others. So every step is made orthogonal first (Muon; Jordan et al. 2024): all its directions are moved alike. With
+AdamW, which evens out entries instead of directions, a merge of many LoRAs takes more than twice the steps to come as
+near.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def _rms(value: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (B, m, n) with the same singular vectors and singular values near 1, 0.7 to 1.2; zeros stay.
+    """Matrices (B, m, n) with the same singular vectors and singular values near 1; zeros stay.
 
-    By five steps of the Newton-Schulz iteration with the quintic of Jordan et al. 2024, so products only.
+    By five steps of the Newton-Schulz iteration with the quintic of Jordan et al. 2024, so products only; values below
+    a thousandth of a matrix's norm come out smaller.
     """
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)
@@ -55,7 +57,7 @@ class Orthogonal(torch.optim.Optimizer):
     """Steps of Nesterov momentum, made orthogonal, with the rate as their root mean square. Parameters are matrices."""
 
     def __init__(self, groups: list[dict]) -> None:
-        super().__init__(groups, {"lr": 0.0})
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -63,7 +65,10 @@ class Orthogonal(torch.optim.Optimizer):
         alike: dict[torch.Size, list[tuple[Tensor, float, Tensor]]] = {}
         for group in self.param_groups:
             for value in group["params"]:
-                before = self.state[value].setdefault("momentum", torch.zeros_like(value))
+                state = self.state[value]
+                if not state:
+                    state["momentum"] = torch.zeros_like(value)
+                before = state["momentum"]
                 before.lerp_(value.grad, 1 - MOMENTUM)
                 ahead = before.lerp(value.grad, 1 - MOMENTUM)
                 alike.setdefault(value.shape, []).append((value, group["lr"], ahead))
