@@ -38,17 +38,23 @@ def astray(
     found = Bank([*texts, ""])
     if not states or not texts:
         return found
-    contexts = host.encode(found.prompts)
-    drawn = chance.sample(states, min(count, len(states)))
-    chosen = [(bank, entry, chance.randrange(len(texts))) for bank, entry in drawn]
+    chosen = [(*state, chance.randrange(len(texts))) for state in chance.sample(states, min(count, len(states)))]
     for begin in range(0, len(chosen), batch):
         part = chosen[begin : begin + batch]
-        asked = [*(prompt for _, _, prompt in part), *[len(texts)] * len(part)]
-        context = contexts[asked]
-        x = torch.stack([bank.x[entry] for bank, entry, _ in part] * 2).to(context.tokens)
-        t = torch.stack([bank.t[entry] for bank, entry, _ in part] * 2).to(x.device)
-        predicted = host.predict(x, t, context)
-        for row, ((bank, entry, _), prompt) in enumerate(zip(part * 2, asked, strict=True)):
-            found.add(bank.x[entry], bank.t[entry], prompt, predicted[row].to(bank.prediction[entry].dtype))
-        tick(len(asked))
+        for bank, entry, prompt in [*part, *((bank, entry, len(texts)) for bank, entry, _ in part)]:
+            found.add(bank.x[entry], bank.t[entry], prompt, bank.prediction[entry])
+    answer(host, found, batch, tick)
     return found
+
+
+@torch.no_grad()
+def answer(host: Host, bank: Bank, batch: int, tick: Callable[[int], object]) -> None:
+    """Put what the host predicts now in place of a bank's predictions, `batch` states with two prompts at a time."""
+    contexts = host.encode(bank.prompts)
+    for begin in range(0, len(bank), 2 * batch):
+        rows = slice(begin, begin + 2 * batch)
+        context = contexts[bank.prompt[rows]]
+        x = torch.stack(bank.x[rows]).to(context.tokens)
+        predicted = host.predict(x, torch.stack(bank.t[rows]).to(x.device), context)
+        bank.prediction[rows] = list(predicted.to(bank.prediction[begin]).cpu())
+        tick(len(x))

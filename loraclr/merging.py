@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraclr import capture, diagnosis, folding, hinge, memory, plan, scenes
 from loraclr.alignment import alignment
-from loraclr.astray import astray
+from loraclr.astray import answer, astray
 from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
@@ -21,7 +21,7 @@ from loraclr.formats import Norm
 from loraclr.hosts import Context, Host
 from loraclr.lora import Layer
 from loraclr.plan import Settings
-from loraclr.polish import missed, polish
+from loraclr.polish import Look, missed, polish
 from loraclr.reading import PROMPTS, Reading, practise
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
@@ -148,6 +148,7 @@ class _Run:
         self.banks: list[Bank] = []
         self.joint: list[Bank] = []  # two concepts in one picture
         self.stray: list[Bank] = []  # of each concept and of what must not change: states of the others' ways
+        self.looked = 0  # pictures of each concept that the merged LoRA drew meanwhile
         self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
 
         self.passes = self.in_passes()
@@ -257,6 +258,21 @@ class _Run:
                 )  # fmt: skip
             self.stray.append(bank)
 
+    def look_again(self, changes: Changes) -> list[Bank]:
+        """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done."""
+        first = self.looked
+        self.looked += plan.LOOKED_AT
+        found = []
+        for place, texts in enumerate(self.texts):
+            some = [texts[number % len(texts)] for number in range(first, self.looked)]
+            with capture.applied(self.modules, changes), torch.no_grad():
+                bank = self.draw(place, some, 3000 + first)
+            stage = f"Looking at {self.names[place]}"
+            with self.acting(place):
+                answer(self.host, bank, self.settings.batch, lambda rows, stage=stage: self.tick(stage, rows))
+            found.append(bank)
+        return found
+
     def draw(self, place: int, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
         stage, settings = f"Looking at {self.names[place]}", self.settings
@@ -350,6 +366,8 @@ class _Run:
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
         some = [bank.thinned(3) for bank in self.held]
+        again = [settings.again * share for share in own]
+        look = Look(plan.looks(concepts, settings), lambda found: (self.look_again(norms | found), again))
         if factors:
             factors = polish(
                 self.host, self.modules, factors, [*self.banks, *self.joint, *self.stray], shares, steps, self.rows,
@@ -357,7 +375,7 @@ class _Run:
                 1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
                 settings.guided if settings.thorough else 0.0,
                 lambda found: sum(missed(self.host, self.modules, norms | found, some, self.rows)[:-1]),
-                self.reading, settings.reading, norms,
+                self.reading, settings.reading, norms, look,
             )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, self.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):

@@ -15,8 +15,11 @@ from loraclr.reading import PROMPTS
 Speed = Literal["closed", "fast", "balanced", "best"]
 
 #: Steps of the polish for up to `FEW` concepts.
-POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 128, "balanced": 400, "best": 1600}
+POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 128, "balanced": 400, "best": 800}
 READING_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 400}
+#: Shares of the polish after which what the merged LoRA draws by then is looked at.
+LOOKS: dict[Speed, tuple[float, ...]] = {"closed": (), "fast": (), "balanced": (0.4, 0.7), "best": (0.25, 0.5, 0.75)}
+LOOKED_AT = 8  # pictures of each concept in such a look
 FEW = 4
 STATES = 128  # states astray of each concept (`loraclr.astray`) that a thorough merge learns from
 #: What a prompt through the text encoder, forwards and back, takes of a row through the UNet: .03 in SD 1.5 by its
@@ -38,6 +41,8 @@ class Settings:
         binding: weight of these scenes in the polish, relative to the pictures of one concept.
         astray: weight in the polish of states on the way to something else (`loraclr.astray`), relative to the pictures
             of one concept; 0: none are looked at.
+        again: weight in the polish of what the merged LoRA drew in the middle of it, relative to the pictures of one
+            concept; not in a fast merge; 0: it is not looked at.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
@@ -58,6 +63,7 @@ class Settings:
     scenes: int = 2
     binding: float = 0.5
     astray: float = 0.5
+    again: float = 1.0
     guided: float = 0.3
     reading: float = 1.0
     directions: int = 64
@@ -116,6 +122,12 @@ def states(looked_at: Sequence[Sequence[str]], settings: Settings) -> list[int]:
     return [min(most, settings.steps * (whole - len(own))) for own in looked_at]
 
 
+def looks(concepts: int, settings: Settings) -> list[int]:
+    """The steps of the polish before which the merged LoRA's own pictures are looked at."""
+    steps = settings.polish_steps(concepts)
+    return [int(share * steps) for share in LOOKS[settings.speed]] if settings.again and steps else []
+
+
 def rows(size: int) -> int:
     """UNet calls in a step of the polish for pictures of this side in pixels: as many as small memory holds.
 
@@ -139,4 +151,6 @@ def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: in
     """How much a merge is to do, in rows through the UNet; a step of polish also goes backwards, which counts twice."""
     polish = 3 * rows(settings.size or host.size) * settings.polish_steps(len(concepts))
     reading = PROMPT * PROMPTS * settings.reading_steps(len(concepts))
-    return 1.1 * drawn(concepts, settings, passes) + reading + polish
+    # Every state of theirs is asked about twice: by the merged LoRA, which draws, and by the concept's own.
+    again = 4 * settings.steps * LOOKED_AT * (len(concepts) + 1) * len(looks(len(concepts), settings))
+    return 1.1 * drawn(concepts, settings, passes) + reading + polish + again

@@ -13,7 +13,7 @@ factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,19 @@ def together(bank: Bank) -> list[tuple[int, ...]]:
     return pairs + [(entry,) for entry in range(len(bank)) if entry not in paired]
 
 
+@dataclass(frozen=True)
+class Look:
+    """A look at what the factors draw by then, in the middle of training.
+
+    Attributes:
+        steps: before which it is taken.
+        at: changes → more to learn from, as banks, and their shares.
+    """
+
+    steps: Collection[int] = ()
+    at: Callable[[Changes], tuple[list[Bank], list[float]]] = lambda changes: ([], [])
+
+
 def polish(
     host: Host,
     modules: Mapping[str, nn.Module],
@@ -72,6 +85,7 @@ def polish(
     reading: Reading | None = None,
     reads: float = 1.0,
     fixed: Changes | None = None,
+    look: Look | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Train the factors for `steps` steps and return them: those with which least is missed of what was kept out.
 
@@ -91,18 +105,21 @@ def polish(
         fixed: changes that act beside the factors and stay as they are: of norm layers, which have no factors.
         reading, reads: what is learnt about words in each step, too, and its weight; both parts of the loss are shares
             of the LoRAs' effects.
+        look: what is looked at on the way.
     Returns:
         Factors by layer name, float32; the ranks are those of `changes`.
     """
     trained = Trained(changes, whitenings or {}, host.device)
-    weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    # Rows alone show more noises at a time than pairs do.
-    units = [together(bank) if guided else [(entry,) for entry in range(len(bank))] for bank in banks]
+    weights, units = _units(banks, shares, guided > 0)
     count = max(1, batch // 2) if guided else batch
     first, effect, scale = None, 0.0, LOSS_SCALE
     best, least, worse = None, math.inf, 0
     for step in range(steps):
+        if look and step in look.steps:
+            more, their_shares = look.at(trained.found())
+            banks, shares = [*banks, *more], [*shares, *their_shares]
+            weights, units = _units(banks, shares, guided > 0)
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
@@ -127,6 +144,13 @@ def polish(
             if worse >= PATIENCE:
                 break
     return best or trained.found()
+
+
+def _units(banks: Sequence[Bank], shares: Sequence[float], guided: bool) -> tuple[Tensor, list[list[tuple[int, ...]]]]:
+    """How often each bank is drawn from (banks,), an empty one never, and what is drawn of it: entries, or pairs."""
+    weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
+    # Rows alone show more noises at a time than pairs do.
+    return weights, [together(bank) if guided else [(entry,) for entry in range(len(bank))] for bank in banks]
 
 
 def _descend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from toy import ToyHost, toy_lora
@@ -43,6 +45,43 @@ def test_each_lora_is_asked_for_its_own_prompts_in_states_of_the_others() -> Non
             context = host.encode(bank.prompts)[bank.prompt]
             wanted = host.predict(torch.stack(bank.x), torch.stack(bank.t), context)
         torch.testing.assert_close(torch.stack(bank.prediction), wanted)
+
+
+def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -> None:
+    host = ToyHost()
+    run = _Run(host, concepts(host), Settings(speed="best", steps=2), lambda *_: None, by_closed_form)
+    merged = changes_of(toy_lora(host, "merged", 3), host.layers())
+    first, second = run.look_again(merged), run.look_again(merged)
+    for place, bank in enumerate(first):
+        changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
+        assert len(bank) == 2 * 2 * plan.LOOKED_AT and not states(bank) & states(second[place])
+        with applied(host.layers(), merged), torch.no_grad():
+            drawn = run.draw(place, bank.prompts[:-1], 3000)
+        assert states(drawn) == states(bank)
+        with applied(host.layers(), changes), torch.no_grad():
+            context = host.encode(bank.prompts)[bank.prompt]
+            wanted = host.predict(torch.stack(bank.x), torch.stack(bank.t), context)
+        torch.testing.assert_close(torch.stack(bank.prediction), wanted)
+        assert not torch.allclose(torch.stack(drawn.prediction), wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("speed", "weight", "times"), [("fast", 1.0, 0), ("balanced", 1.0, 2), ("best", 1.0, 3), ("best", 0.0, 0)]
+)
+def test_slower_merges_look_again_in_the_middle_of_the_polish(
+    monkeypatch: pytest.MonkeyPatch, speed: str, weight: float, times: int
+) -> None:
+    monkeypatch.setitem(plan.POLISH_STEPS, "balanced", 150)
+    monkeypatch.setitem(plan.POLISH_STEPS, "best", 160)
+    host, told = ToyHost(), []
+    settings = Settings(speed=speed, steps=2, again=weight)
+    merge(host, concepts(host), settings, lambda stage, share, _: told.append((share, stage)))
+    assert [share for share, _ in told] == sorted(share for share, _ in told)
+    stages = [stage.partition(",")[0] for _, stage in told]
+    looks = [
+        a == "Polishing" != b for a, b in itertools.pairwise(stages[: len(stages) - stages[::-1].index("Polishing")])
+    ]
+    assert sum(looks) == times
 
 
 def test_the_same_seed_asks_the_same_and_another_something_else() -> None:
