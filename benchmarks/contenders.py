@@ -152,13 +152,9 @@ CONTENDERS: dict[str, Contender] = {
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
     "fast-no-words": Contender(on_model("loraclr", speed="fast", reading=0.0)),
-    "balanced-no-astray": Contender(on_model("loraclr", speed="balanced", astray=0.0)),
+    "fast-no-astray": Contender(on_model("loraclr", speed="fast", astray=0.0)),
+    "fast-no-look": Contender(on_model("loraclr", speed="fast", again=0.0)),
+    "balanced-no-look": Contender(on_model("loraclr", speed="balanced", again=0.0)),
 }
-ON_REQUEST = (
-    "fast-unwhitened",
-    "balanced-unguided",
-    "fast-no-scenes",
-    "fast-no-neutral",
-    "fast-no-words",
-    "balanced-no-astray",
-)  # drawn only if asked for by name
+#: Drawn only if asked for by name.
+ON_REQUEST = tuple(name for name in CONTENDERS if name.startswith(("fast-", "balanced-")))

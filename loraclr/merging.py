@@ -261,7 +261,7 @@ class _Run:
     def look_again(self, changes: Changes) -> list[Bank]:
         """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done."""
         first = self.looked
-        self.looked += plan.LOOKED_AT
+        self.looked += plan.drawn_again(self.settings)
         found = []
         for place, texts in enumerate(self.texts):
             some = [texts[number % len(texts)] for number in range(first, self.looked)]

@@ -18,8 +18,13 @@ Speed = Literal["closed", "fast", "balanced", "best"]
 POLISH_STEPS: dict[Speed, int] = {"closed": 0, "fast": 128, "balanced": 400, "best": 800}
 READING_STEPS: dict[Speed, int] = {"closed": 0, "fast": 64, "balanced": 200, "best": 400}
 #: Shares of the polish after which what the merged LoRA draws by then is looked at.
-LOOKS: dict[Speed, tuple[float, ...]] = {"closed": (), "fast": (), "balanced": (0.4, 0.7), "best": (0.25, 0.5, 0.75)}
-LOOKED_AT = 8  # pictures of each concept in such a look
+LOOKS: dict[Speed, tuple[float, ...]] = {
+    "closed": (),
+    "fast": (0.5,),
+    "balanced": (0.4, 0.7),
+    "best": (0.25, 0.5, 0.75),
+}
+AGAIN = 8  # pictures of each concept in such a look of a thorough merge
 FEW = 4
 STATES = 128  # states astray of each concept (`loraclr.astray`) that a thorough merge learns from
 #: What a prompt through the text encoder, forwards and back, takes of a row through the UNet: .03 in SD 1.5 by its
@@ -42,7 +47,7 @@ class Settings:
         astray: weight in the polish of states on the way to something else (`loraclr.astray`), relative to the pictures
             of one concept; 0: none are looked at.
         again: weight in the polish of what the merged LoRA drew in the middle of it, relative to the pictures of one
-            concept; not in a fast merge; 0: it is not looked at.
+            concept; 0: it is not looked at.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
@@ -128,6 +133,11 @@ def looks(concepts: int, settings: Settings) -> list[int]:
     return [int(share * steps) for share in LOOKS[settings.speed]] if settings.again and steps else []
 
 
+def drawn_again(settings: Settings) -> int:
+    """Pictures of each concept in such a look."""
+    return AGAIN if settings.thorough else AGAIN // 2
+
+
 def rows(size: int) -> int:
     """UNet calls in a step of the polish for pictures of this side in pixels: as many as small memory holds.
 
@@ -152,5 +162,5 @@ def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: in
     polish = 3 * rows(settings.size or host.size) * settings.polish_steps(len(concepts))
     reading = PROMPT * PROMPTS * settings.reading_steps(len(concepts))
     # Every state of theirs is asked about twice: by the merged LoRA, which draws, and by the concept's own.
-    again = 4 * settings.steps * LOOKED_AT * (len(concepts) + 1) * len(looks(len(concepts), settings))
+    again = 4 * settings.steps * drawn_again(settings) * (len(concepts) + 1) * len(looks(len(concepts), settings))
     return 1.1 * drawn(concepts, settings, passes) + reading + polish + again

@@ -54,7 +54,7 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
     first, second = run.look_again(merged), run.look_again(merged)
     for place, bank in enumerate(first):
         changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
-        assert len(bank) == 2 * 2 * plan.LOOKED_AT and not states(bank) & states(second[place])
+        assert len(bank) == 2 * 2 * plan.AGAIN and not states(bank) & states(second[place])
         with applied(host.layers(), merged), torch.no_grad():
             drawn = run.draw(place, bank.prompts[:-1], 3000)
         assert states(drawn) == states(bank)
@@ -66,7 +66,8 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
 
 
 @pytest.mark.parametrize(
-    ("speed", "weight", "times"), [("fast", 1.0, 0), ("balanced", 1.0, 2), ("best", 1.0, 3), ("best", 0.0, 0)]
+    ("speed", "weight", "times"),
+    [("closed", 1.0, 0), ("fast", 1.0, 1), ("balanced", 1.0, 2), ("best", 1.0, 3), ("best", 0.0, 0)],
 )
 def test_slower_merges_look_again_in_the_middle_of_the_polish(
     monkeypatch: pytest.MonkeyPatch, speed: str, weight: float, times: int

@@ -210,8 +210,9 @@ def probe(names: list[str] = Body(), triggers: list[str] = Body(), name: str = B
         concepts[-1] = replace(concepts[-1], lora=worded)
         merged = merging.merge(host, concepts, Settings(speed="closed", **QUICK))
         stages: list[str] = []
-        with patch.dict(plan.POLISH_STEPS, fast=2), patch.dict(plan.READING_STEPS, fast=4):
-            trained = merging.merge(host, concepts, Settings(scenes=1, **QUICK), lambda stage, *_: stages.append(stage))
+        few = {"scenes": 1, "speed": "balanced", **QUICK}
+        with patch.dict(plan.POLISH_STEPS, fast=2, balanced=3), patch.dict(plan.READING_STEPS, balanced=4):
+            trained = merging.merge(host, concepts, Settings(**few), lambda stage, *_: stages.append(stage))
         path = loraclr.write(merged, f"{shared.cmd_opts.lora_dir}/{name}.safetensors", torch.float32, overwrite=True)
         untouched = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         host.publish(path)
