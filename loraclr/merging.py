@@ -205,13 +205,13 @@ class _Run:
 
     def look(self, place: int, layers: Collection[str]) -> None:
         """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
-        texts = self.texts[place]
+        texts, stage = self.texts[place], f"Looking at {self.names[place]}"
         with self.acting(place), torch.no_grad():
             with self.watching(place, layers.__contains__):
-                bank = self.draw(place, texts, 0)
+                bank = self.draw(stage, texts, 0)
             if len(self.banks) == place:  # else this is a further pass, which draws the same
                 self.banks.append(bank)
-                self.held.append(self.draw(place, texts[:1], len(texts)))
+                self.held.append(self.draw(stage, texts[:1], len(texts)))
 
     @contextmanager
     def acting(self, place: int) -> Iterator[None]:
@@ -260,22 +260,21 @@ class _Run:
 
     def look_again(self, changes: Changes) -> list[Bank]:
         """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done."""
-        first = self.looked
+        stage, first = "Looking at what it draws so far", self.looked
         self.looked += plan.drawn_again(self.settings)
         found = []
         for place, texts in enumerate(self.texts):
             some = [texts[number % len(texts)] for number in range(first, self.looked)]
             with capture.applied(self.modules, changes), torch.no_grad():
-                bank = self.draw(place, some, 3000 + first)
-            stage = f"Looking at {self.names[place]}"
+                bank = self.draw(stage, some, 3000 + first)
             with self.acting(place):
-                answer(self.host, bank, self.settings.batch, lambda rows, stage=stage: self.tick(stage, rows))
+                answer(self.host, bank, self.settings.batch, lambda rows: self.tick(stage, rows))
             found.append(bank)
         return found
 
-    def draw(self, place: int, texts: list[str], first: int) -> Bank:
+    def draw(self, stage: str, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
-        stage, settings = f"Looking at {self.names[place]}", self.settings
+        settings = self.settings
         bank = Bank([*texts, ""])
         record = capture.filing(bank, self.host.encode(bank.prompts))
 

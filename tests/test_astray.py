@@ -15,6 +15,7 @@ from loraclr.concept import Concept
 from loraclr.merging import Settings, _Run, by_closed_form, merge
 
 THING, STYLE = "sks", "ink style"
+LOOKING = "Looking at what it draws so far"
 
 
 def concepts(host: ToyHost) -> list[Concept]:
@@ -56,7 +57,7 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
         changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
         assert len(bank) == 2 * 2 * plan.AGAIN and not states(bank) & states(second[place])
         with applied(host.layers(), merged), torch.no_grad():
-            drawn = run.draw(place, bank.prompts[:-1], 3000)
+            drawn = run.draw("", bank.prompts[:-1], 3000)
         assert states(drawn) == states(bank)
         with applied(host.layers(), changes), torch.no_grad():
             context = host.encode(bank.prompts)[bank.prompt]
@@ -78,11 +79,9 @@ def test_slower_merges_look_again_in_the_middle_of_the_polish(
     settings = Settings(speed=speed, steps=2, again=weight)
     merge(host, concepts(host), settings, lambda stage, share, _: told.append((share, stage)))
     assert [share for share, _ in told] == sorted(share for share, _ in told)
-    stages = [stage.partition(",")[0] for _, stage in told]
-    looks = [
-        a == "Polishing" != b for a, b in itertools.pairwise(stages[: len(stages) - stages[::-1].index("Polishing")])
-    ]
-    assert sum(looks) == times
+    stages = [stage for _, stage in told]
+    looks = [before.startswith("Polishing") and now == LOOKING for before, now in itertools.pairwise(stages)]
+    assert sum(looks) == times and (LOOKING in stages) == (times > 0)
 
 
 def test_the_same_seed_asks_the_same_and_another_something_else() -> None:

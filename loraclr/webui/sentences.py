@@ -8,6 +8,7 @@ CORE = (
     "Looking at two in one picture",
     "Looking at what must not change",
     "Looking at what could go wrong",
+    "Looking at what it draws so far",
     "Looking at {name}",
     "Fitting the text encoder",
     "Fitting words to pictures",
