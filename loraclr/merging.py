@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr import capture, diagnosis, folding, hinge, memory, plan, scenes
+from loraclr import capture, diagnosis, hinge, memory, plan
 from loraclr.alignment import alignment
-from loraclr.astray import answer, astray
-from loraclr.capture import NORMS, Bank
+from loraclr.capture import NORMS
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
 from loraclr.factor import kept, truncate
 from loraclr.formats import Norm
-from loraclr.hosts import Context, Host
+from loraclr.hosts import Host
 from loraclr.lora import Layer
 from loraclr.plan import Settings
 from loraclr.polish import Look, missed, polish
 from loraclr.reading import PROMPTS, Reading, practise
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors, NormStatistics, Statistics, width
+from loraclr.teachers import Teachers
 from loraclr.whitening import Whitening, whitening
 
 #: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
@@ -86,8 +86,8 @@ def merge(
             result.seconds["capture"] = result.seconds.get("capture", 0.0) + run.lap()
             run.solve("Fitting the picture layers")
             result.seconds["solve"] = result.seconds.get("solve", 0.0) + run.lap()
-        run.compose()
-        run.look_astray()
+        run.teachers.compose()
+        run.teachers.look_astray()
         result.seconds["capture"] += run.lap()
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
@@ -117,24 +117,9 @@ class _Run:
     ) -> None:
         self.host, self.concepts, self.settings = host, concepts, settings
         self.progress, self.fit = progress, fit
-        self.names = [concept.lora.name for concept in concepts] + ["what must not change"]
-        live = host.layers()
-        self.texts = plan.texts(concepts, settings)
-        self.asked: list[Changes] = [
-            *(concept.changes(live) for concept in concepts),
-            {},
-        ]
-        self.plan = plan.pairs(concepts, settings)
-        self.trained: dict[int, tuple[Changes, folding.Texts]] = {}  # of ED-LoRAs: what they are in their own pictures
-        for place, lora in enumerate(concept.lora for concept in concepts):
-            if lora.layer_embeddings:
-                own, texts = self.asked[place], self.texts[place]
-                drawn = [*texts, *scenes.asked_of(place, self.plan), ""]
-                self.trained[place] = own, folding.read(host, live, lora, own, drawn)
-                self.asked[place] = folding.folded(host, live, lora, own, texts)
-        touched = {name for changes in self.asked for name in changes}
-        self.modules = {name: module for name, module in live.items() if name in touched}
-        self.size = settings.size or host.size
+        self.teachers = Teachers(host, concepts, settings, self.tick)
+        self.texts, self.asked, self.modules = self.teachers.texts, self.teachers.asked, self.teachers.modules
+        self.size = self.teachers.size
         self.rows = plan.rows(self.size)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.statistics: dict[str, Statistics | NormStatistics] = {}
@@ -145,12 +130,6 @@ class _Run:
         self.whitens = settings.directions > 0 and settings.polish_steps(1) > 0
         self.reading: Reading | None = None
         self.fitted: Changes = {}  # closed forms that have learnt since
-        self.banks: list[Bank] = []
-        self.joint: list[Bank] = []  # two concepts in one picture
-        self.stray: list[Bank] = []  # of each concept and of what must not change: states of the others' ways
-        self.looked = 0  # pictures of each concept that the merged LoRA drew meanwhile
-        self.held: list[Bank] = []  # one more picture of each concept, not learnt from but measured on
-
         self.passes = self.in_passes()
         drawn = plan.drawn(concepts, settings, len(self.passes))
         self.whole = plan.work(host, concepts, settings, len(self.passes))
@@ -204,21 +183,8 @@ class _Run:
             )  # fmt: skip
 
     def look(self, place: int, layers: Collection[str]) -> None:
-        """Stage 3: draw with one concept's own LoRA, count what these layers see, keep what the UNet predicts."""
-        texts, stage = self.texts[place], f"Looking at {self.names[place]}"
-        with self.acting(place), torch.no_grad():
-            with self.watching(place, layers.__contains__):
-                bank = self.draw(stage, texts, 0)
-            if len(self.banks) == place:  # else this is a further pass, which draws the same
-                self.banks.append(bank)
-                self.held.append(self.draw(stage, texts[:1], len(texts)))
-
-    @contextmanager
-    def acting(self, place: int) -> Iterator[None]:
-        """Inside, one concept's own LoRA acts as it was trained to."""
-        changes, texts = self.trained.get(place, (self.asked[place], None))
-        with capture.applied(self.modules, changes), folding.layered(self.modules, texts) if texts else nullcontext():
-            yield
+        """Stage 3: draw with one concept's own LoRA, and count what these layers see."""
+        self.teachers.look(place, self.watching(place, layers.__contains__))
 
     def in_passes(self) -> list[list[str]]:
         """The layers that read the picture, in parts whose Gram matrices fit into memory; each part is drawn for."""
@@ -233,61 +199,6 @@ class _Run:
             passes[-1] += group
             room -= size
         return passes
-
-    def compose(self) -> None:
-        """Draw two concepts in one picture, each half by its own LoRA."""
-        settings, host, stage = self.settings, self.host, "Looking at two in one picture"
-        for begin in range(0, len(self.plan), settings.batch):
-            part, seed = self.plan[begin : begin + settings.batch], settings.seed + 1000 + begin
-            self.tick(stage)
-            bank, _ = scenes.draw(
-                host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
-                lambda rows: self.tick(stage, rows),
-            )  # fmt: skip
-            self.joint.append(bank)
-
-    def look_astray(self) -> None:
-        """Ask each concept's own LoRA, and the base, what to make of pictures on their way to something else."""
-        stage, states = "Looking at what could go wrong", plan.states(self.texts, self.settings)
-        for place, count in enumerate(states if any(states) else ()):
-            self.tick(stage)
-            with self.acting(place):
-                bank = astray(
-                    self.host, self.banks, place, count, self.settings.batch, self.settings.seed,
-                    lambda rows: self.tick(stage, rows),
-                )  # fmt: skip
-            self.stray.append(bank)
-
-    def look_again(self, changes: Changes) -> list[Bank]:
-        """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done."""
-        stage, first = "Looking at what it draws so far", self.looked
-        self.looked += plan.drawn_again(self.settings)
-        found = []
-        for place, texts in enumerate(self.texts):
-            some = [texts[number % len(texts)] for number in range(first, self.looked)]
-            with capture.applied(self.modules, changes), torch.no_grad():
-                bank = self.draw(stage, some, 3000 + first)
-            with self.acting(place):
-                answer(self.host, bank, self.settings.batch, lambda rows: self.tick(stage, rows))
-            found.append(bank)
-        return found
-
-    def draw(self, stage: str, texts: list[str], first: int) -> Bank:
-        """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
-        settings = self.settings
-        bank = Bank([*texts, ""])
-        record = capture.filing(bank, self.host.encode(bank.prompts))
-
-        def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
-            record(x, t, context, prediction)
-            self.tick(stage, x.shape[0])
-
-        with self.host.watch(tell):
-            for begin in range(0, len(texts), settings.batch):
-                self.tick(stage)
-                part, seed = texts[begin : begin + settings.batch], settings.seed + first + begin
-                self.host.sample(part, seed, settings.steps, settings.guidance, self.size, self.size)
-        return bank
 
     def watching(self, place: int, wanted: Callable[[str], bool]):
         """A context in which the wanted layers' inputs are counted for concept `place`."""
@@ -352,31 +263,32 @@ class _Run:
 
     def polish(self) -> tuple[list[float], list[float]]:
         """Stage 4: all factors together; returns what is missed before and after."""
-        concepts = len(self.banks) - 1
+        teachers, concepts = self.teachers, len(self.concepts)
         steps = self.settings.polish_steps(concepts)
         closed = {**self.merged, **self.fitted}
-        before = missed(self.host, self.modules, closed, self.held, self.rows)
+        before = missed(self.host, self.modules, closed, teachers.held, self.rows)
         if not steps:
             return before, before
-        settings, both = self.settings, sum(map(len, self.joint))
+        settings, both = self.settings, sum(map(len, teachers.joint))
         own = [1.0] * concepts + [settings.neutral * concepts]
-        beside = [settings.binding * concepts * len(bank) / both for bank in self.joint]
-        shares = [*own, *beside, *(settings.astray * share for share in own[: len(self.stray)])]
+        beside = [settings.binding * concepts * len(bank) / both for bank in teachers.joint]
+        shares = [*own, *beside, *(settings.astray * share for share in own[: len(teachers.stray)])]
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
-        some = [bank.thinned(3) for bank in self.held]
+        some = [bank.thinned(3) for bank in teachers.held]
         again = [settings.again * share for share in own]
-        look = Look(plan.looks(concepts, settings), lambda found: (self.look_again(norms | found), again))
+        look = Look(plan.looks(concepts, settings), lambda found: (teachers.look_again(norms | found), again))
+        banks = [*teachers.own, *teachers.joint, *teachers.stray]
         if factors:
             factors = polish(
-                self.host, self.modules, factors, [*self.banks, *self.joint, *self.stray], shares, steps, self.rows,
-                settings.seed, lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
+                self.host, self.modules, factors, banks, shares, steps, self.rows, settings.seed,
+                lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                 1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
                 settings.guided if settings.thorough else 0.0,
                 lambda found: sum(missed(self.host, self.modules, norms | found, some, self.rows)[:-1]),
                 self.reading, settings.reading, norms, look,
             )  # fmt: skip
-        after = missed(self.host, self.modules, norms | factors, self.held, self.rows)
+        after = missed(self.host, self.modules, norms | factors, teachers.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):
             self.merged = closed  # so few steps may lead away: what they began with is better
             return before, before
@@ -389,7 +301,7 @@ class _Run:
         for place in range(len(self.concepts)):
             if 1 - left[place] < diagnosis.WEAK:
                 found += diagnosis.reasons(
-                    self.host, self.modules, self.concepts, self.asked[:-1], place, self.held[place]
+                    self.host, self.modules, self.concepts, self.asked[:-1], place, self.teachers.held[place]
                 )
         weak = any(1 - share < diagnosis.WEAK for share in left[:-1])
         if weak and self.fit is by_closed_form and self.settings.speed != "best":
@@ -404,7 +316,7 @@ class _Run:
             self.tick(stage)
             inputs: dict[str, Tensor] = {}
             found[concept.lora.name] = alignment(
-                self.host, self.modules, self.asked[place], self.merged, self.held[place],
+                self.host, self.modules, self.asked[place], self.merged, self.teachers.held[place],
                 lambda name, rows, inputs=inputs: inputs.__setitem__(name, hinge.some(rows)),
             )  # fmt: skip
             seen.append(inputs)

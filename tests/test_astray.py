@@ -31,12 +31,12 @@ def test_each_lora_is_asked_for_its_own_prompts_in_states_of_the_others() -> Non
     run = _Run(host, concepts(host), Settings(speed="fast", steps=2), lambda *_: None, by_closed_form)
     for place in range(3):
         run.look(place, ())
-    run.look_astray()
+    run.teachers.look_astray()
     asked_for = plan.states(run.texts, run.settings)
-    assert len(run.stray) == 3 and min(asked_for) > 20
-    for place, (bank, own) in enumerate(zip(run.stray, run.banks, strict=True)):
+    assert len(run.teachers.stray) == 3 and min(asked_for) > 20
+    for place, (bank, own) in enumerate(zip(run.teachers.stray, run.teachers.own, strict=True)):
         changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
-        elsewhere = set().union(*(states(other) for other in run.banks if other is not own))
+        elsewhere = set().union(*(states(other) for other in run.teachers.own if other is not own))
         assert states(bank) <= elsewhere and not states(bank) <= states(own)
         assert len(bank) == 2 * asked_for[place]
         assert bank.prompts == own.prompts
@@ -52,12 +52,12 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
     host = ToyHost()
     run = _Run(host, concepts(host), Settings(speed="best", steps=2), lambda *_: None, by_closed_form)
     merged = changes_of(toy_lora(host, "merged", 3), host.layers())
-    first, second = run.look_again(merged), run.look_again(merged)
+    first, second = run.teachers.look_again(merged), run.teachers.look_again(merged)
     for place, bank in enumerate(first):
         changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
         assert len(bank) == 2 * 2 * plan.AGAIN and not states(bank) & states(second[place])
         with applied(host.layers(), merged), torch.no_grad():
-            drawn = run.draw("", bank.prompts[:-1], 3000)
+            drawn = run.teachers._draw("", bank.prompts[:-1], 3000)
         assert states(drawn) == states(bank)
         with applied(host.layers(), changes), torch.no_grad():
             context = host.encode(bank.prompts)[bank.prompt]

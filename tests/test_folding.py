@@ -126,7 +126,7 @@ def test_what_a_merge_learns_from_is_drawn_with_each_layers_embedding() -> None:
     run = _Run(host, concepts, Settings(steps=2), lambda *_: None, by_closed_form)
     with host.words(lora.words):
         run.look(0, ())
-        run.compose()
+        run.teachers.compose()
     (middle,) = {name for name in host.layers() if name.endswith("attn2_to_k")}
     place = folding.cross_layers().index(middle.removesuffix("_to_k"))
     own = {WORD: {"clip_l": lora.layer_embeddings[WORD][place : place + 1]}}
@@ -137,11 +137,11 @@ def test_what_a_merge_learns_from_is_drawn_with_each_layers_embedding() -> None:
             wanted = host.predict(bank.x[entry][None], bank.t[entry][None], host.encode([text]))
         return float((bank.prediction[entry] - wanted[0])[..., region].abs().max())
 
-    (pictures,), (joint,) = run.banks, run.joint
+    (pictures,), (joint,) = run.teachers.own, run.teachers.joint
     seen = [(pictures, entry, pictures.prompts[n], slice(None)) for entry, n in enumerate(pictures.prompt)]
     for entry, number in enumerate(joint.prompt):
-        if number < len(run.plan):
-            scene, left = run.plan[number], run.plan[number].left == 0
+        if number < len(run.teachers.scenes):
+            scene, left = run.teachers.scenes[number], run.teachers.scenes[number].left == 0
             region = slice(0, joint.x[entry].shape[-1] // 2) if left else slice(joint.x[entry].shape[-1] // 2, None)
             seen.append((joint, entry, scene.halves[not left], region))
     assert len(seen) > len(pictures) + 4
