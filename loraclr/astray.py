@@ -4,8 +4,9 @@ On its own way to a picture a LoRA's concept shows in every state but the noisie
 states alone learns to go by what it sees, and where its first steps lead a little aside, the concept fades from the
 picture. So each LoRA is asked about states of other concepts' ways, too, where nothing but the prompt says what is
 wanted. That is the thought of DAgger (Ross et al. 2011: teach a pupil where its errors lead) with states that are there
-already in the place of the pupil's own, so no picture is drawn for it. Asked without a prompt, in the same states, the
-LoRAs tell what they have in common, which is what guidance is to go away from.
+already in the place of the pupil's own, so no picture is drawn for it; the pupil's own come in the middle of the polish
+(`loraclr.teachers.Teachers.look_again`). Asked without a prompt, in the same states, the LoRAs tell what they have in
+common, which is what guidance is to go away from.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ class Look:
         at: changes → more to learn from, as banks, and their shares.
     """
 
-    steps: Collection[int] = ()
-    at: Callable[[Changes], tuple[list[Bank], list[float]]] = lambda changes: ([], [])
+    steps: Collection[int]
+    at: Callable[[Changes], tuple[list[Bank], list[float]]]
 
 
 def polish(
@@ -118,8 +118,8 @@ def polish(
     for step in range(steps):
         if look and step in look.steps:
             more, their_shares = look.at(trained.found())
-            banks, shares = [*banks, *more], [*shares, *their_shares]
-            weights, units = _units(banks, shares, guided > 0)
+            their_weights, their_units = _units(more, their_shares, guided > 0)
+            banks, units, weights = [*banks, *more], [*units, *their_units], torch.cat([weights, their_weights])
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]

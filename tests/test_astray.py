@@ -70,7 +70,7 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
     ("speed", "weight", "times"),
     [("closed", 1.0, 0), ("fast", 1.0, 1), ("balanced", 1.0, 2), ("best", 1.0, 3), ("best", 0.0, 0)],
 )
-def test_slower_merges_look_again_in_the_middle_of_the_polish(
+def test_a_merge_looks_again_in_the_middle_of_the_polish(
     monkeypatch: pytest.MonkeyPatch, speed: str, weight: float, times: int
 ) -> None:
     monkeypatch.setitem(plan.POLISH_STEPS, "balanced", 150)

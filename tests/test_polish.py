@@ -8,7 +8,7 @@ from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts import Context
-from loraclr.polish import CHECK, _loss, missed, polish, together
+from loraclr.polish import CHECK, Look, _loss, missed, polish, together
 from loraclr.training import balanced
 
 
@@ -102,6 +102,27 @@ def test_it_learns_the_teacher_and_tells_every_step() -> None:
     assert after < 0.5 * before
     assert [step for step, _ in told] == list(range(1, 151))
     assert all(up.shape == start[name][0].shape and not up.requires_grad for name, (up, _) in result.items())
+
+
+def test_what_a_look_finds_is_learnt_from_then_on() -> None:
+    host, shown = ToyHost(), []
+    layers = host.layers()
+    teacher, start = changes_of(toy_lora(host, "a", 1), layers), changes_of(toy_lora(host, "b", 2, size=0.1), layers)
+    neutral, found = bank_of(host, {}, ["a dog", "a cat"]), bank_of(host, teacher, ["a sks", "a photo of a sks"])
+
+    def at(changes) -> tuple[list[Bank], list[float]]:
+        shown.append(changes)
+        return [found], [3.0]
+
+    def left(look: Look | None) -> tuple[float, list[int]]:
+        told = []
+        result = polish(host, layers, start, [neutral], [1.0], 150, 8, 0, lambda *tick: told.append(tick), look=look)
+        return missed(host, layers, result, [found, neutral], 8)[0], [step for step, _ in told]
+
+    (without, _), (with_it, steps) = left(None), left(Look([40], at))
+    assert with_it < 0.7 * without and steps == list(range(1, 151))
+    (changes,) = shown
+    assert any(not torch.equal(pair[0], balanced(*start[name])[0]) for name, pair in changes.items())
 
 
 def test_half_precision_learns_too() -> None:
