@@ -1,4 +1,7 @@
-"""`python -m benchmarks.plots FILE.json FOLDER`: figures against N, quality against cost, and a grid of pictures."""
+"""`python -m benchmarks.plots FILE.json FOLDER`: figures against N, quality against cost, and a grid of pictures.
+
+Ours with one ingredient left out are in tables only.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.contenders import ON_REQUEST
 
 #: The paper's three alignments (Fig. 5), and what users notice besides.
 SHOWN = {
@@ -98,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--pictures", type=Path, help="folder of its pictures, for the grid")
     args = options.parse_args(argv)
     rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if row["method"] not in ON_REQUEST]
     args.folder.mkdir(parents=True, exist_ok=True)
     for plot in (against_count, against_cost):
         print(plot(rows, args.folder / f"{plot.__name__.replace('_', '-')}.png"))
