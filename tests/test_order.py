@@ -19,7 +19,8 @@ METHODS = {"base": {}, "sum": {}, "loraclr-fast": SHORT, "loraclr": SHORT, "sing
 
 
 def test_base_below_sum_below_fast_below_balanced_and_single_about_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(POLISH_STEPS, "fast", 32)
+    # So few that 16 pictures tell them apart: a single one that is lost moves the mean by .04.
+    monkeypatch.setitem(POLISH_STEPS, "fast", 16)
     monkeypatch.setitem(POLISH_STEPS, "balanced", 80)
     host, judge, plan = open_miniature("cpu"), Judge.load(), scenes.Plan(concept=4)
     chosen = scenes.chosen(4, 0)
