@@ -17,7 +17,7 @@ from loraclr.hosts import Context, Host
 from loraclr.plan import Settings
 
 #: Where the numbers of noises begin: of scenes, and of what is drawn in the middle of the polish.
-SCENES, AGAIN = 1000, 3000
+SCENE_NOISE, LOOK_NOISE = 1000, 3000
 
 
 class Teachers:
@@ -85,7 +85,7 @@ class Teachers:
         """Draw two concepts in one picture, each half by its own LoRA."""
         settings, stage = self.settings, "Looking at two in one picture"
         for begin in range(0, len(self.scenes), settings.batch):
-            part, seed = self.scenes[begin : begin + settings.batch], settings.seed + SCENES + begin
+            part, seed = self.scenes[begin : begin + settings.batch], settings.seed + SCENE_NOISE + begin
             self.tick(stage, 0)
             bank, _ = scenes.draw(
                 self.host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
@@ -113,7 +113,7 @@ class Teachers:
         for place, texts in enumerate(self.texts):
             some = [texts[number % len(texts)] for number in range(first, self.looked)]
             with capture.applied(self.modules, merged), torch.no_grad():
-                bank = self._draw(stage, some, AGAIN + first)
+                bank = self._draw(stage, some, LOOK_NOISE + first)
             with self.acting(place):
                 answer(self.host, bank, self.settings.batch, lambda rows: self.tick(stage, rows))
             found.append(bank)
