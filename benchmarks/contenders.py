@@ -93,8 +93,8 @@ def on_model(method: str, **settings) -> Run:
 
     def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
         told = Settings(**{**settings, **options, "seed": seed})
-        scenes = plan.pairs(concepts, told) if method == "loraclr" else ()
-        seen = {frozenset((scene.left, scene.right)) for scene in scenes}
+        scenes = itertools.chain(*plan.pairs(concepts, told)) if method == "loraclr" else ()
+        seen = {scene.concepts for scene in scenes}
         return replace(_entry(methods.merge(host, concepts, method, told), options), seen=seen)
 
     return run
@@ -150,10 +150,12 @@ CONTENDERS: dict[str, Contender] = {
     "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
+    "fast-no-styled": Contender(on_model("loraclr", speed="fast", styled=0.0)),
     "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
     "fast-no-words": Contender(on_model("loraclr", speed="fast", reading=0.0)),
     "fast-no-astray": Contender(on_model("loraclr", speed="fast", astray=0.0)),
     "fast-no-look": Contender(on_model("loraclr", speed="fast", again=0.0)),
+    "fast-no-care": Contender(on_model("loraclr", speed="fast", care=0.0)),
     "balanced-no-look": Contender(on_model("loraclr", speed="balanced", again=0.0)),
 }
 #: Drawn only if asked for by name.

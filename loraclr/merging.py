@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loraclr import capture, diagnosis, hinge, memory, plan
 from loraclr.alignment import alignment
-from loraclr.capture import NORMS
+from loraclr.capture import NORMS, Bank
 from loraclr.changes import Changes, aligned, layer_of
 from loraclr.concept import Concept, check
 from loraclr.factor import kept, truncate
@@ -98,6 +98,13 @@ def merge(
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)
     return result
+
+
+def cares(left: Sequence[float], power: float) -> list[float]:
+    """How much is to be learnt of each concept, 1 on average: by a power of the share of its effect that is missed."""
+    powers = [max(share, 0.0) ** power for share in left]
+    whole = sum(powers)
+    return [one * len(left) / whole if whole else 1.0 for one in powers]
 
 
 def scarce(device: torch.device) -> bool:
@@ -269,24 +276,26 @@ class _Run:
         before = missed(self.host, self.modules, closed, teachers.held, self.rows)
         if not steps:
             return before, before
-        settings, both = self.settings, sum(map(len, teachers.joint))
-        own = [1.0] * concepts + [settings.neutral * concepts]
-        beside = [settings.binding * concepts * len(bank) / both for bank in teachers.joint]
-        shares = [*own, *beside, *(settings.astray * share for share in own[: len(teachers.stray)])]
+        settings = self.settings
         norms = {name: pair for name, pair in self.merged.items() if isinstance(self.modules[name], NORMS)}
         factors = {name: pair for name, pair in self.merged.items() if name not in norms}
         some = [bank.thinned(3) for bank in teachers.held]
-        again = [settings.again * share for share in own]
-        look = Look(plan.looks(concepts, settings), lambda found: (teachers.look_again(norms | found), again))
-        banks = [*teachers.own, *teachers.joint, *teachers.stray]
+
+        def left(found: Changes) -> list[float]:
+            return missed(self.host, self.modules, norms | found, some, self.rows)[:-1]
+
+        def at(found: Changes) -> tuple[list[Bank], list[float]]:
+            teachers.look_again(norms | found)
+            return teachers.lessons(cares(left(found), settings.care))
+
         if factors:
             factors = polish(
-                self.host, self.modules, factors, banks, shares, steps, self.rows, settings.seed,
+                self.host, self.modules, factors, *teachers.lessons([1.0] * concepts), steps, self.rows, settings.seed,
                 lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
                 1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
                 settings.guided if settings.thorough else 0.0,
-                lambda found: sum(missed(self.host, self.modules, norms | found, some, self.rows)[:-1]),
-                self.reading, settings.reading, norms, look,
+                lambda found: sum(left(found)), self.reading, settings.reading, norms,
+                Look(plan.looks(concepts, settings), at),
             )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, teachers.held, self.rows)
         if sum(after[:-1]) > sum(before[:-1]):

@@ -42,12 +42,15 @@ class Settings:
             the smallest that keeps 99.5 % of its output energy.
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
-        scenes: pictures of two concepts side by side to learn from, for each concept; styles take no part.
-        binding: weight of these scenes in the polish, relative to the pictures of one concept.
+        scenes: pictures of two things side by side to learn from, for each concept, and as many of things in styles.
+        binding: weight of two things side by side in the polish, relative to the pictures of one concept.
+        styled: weight of things in styles, likewise; 0: none are drawn.
         astray: weight in the polish of states on the way to something else (`loraclr.astray`), relative to the pictures
             of one concept; 0: none are looked at.
         again: weight in the polish of what the merged LoRA drew in the middle of it, relative to the pictures of one
             concept; 0: it is not looked at.
+        care: how much more is learnt, after such a look, of concepts of which more is missed: this power of the share
+            that is missed; 0: of all alike.
         guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
@@ -67,8 +70,10 @@ class Settings:
     anchor: float = 0.0
     scenes: int = 2
     binding: float = 0.5
+    styled: float = 0.25
     astray: float = 0.5
     again: float = 1.0
+    care: float = 0.5
     guided: float = 0.3
     reading: float = 1.0
     directions: int = 64
@@ -110,10 +115,12 @@ def texts(concepts: Sequence[Concept], settings: Settings) -> list[list[str]]:
     return [*own, prompts.kept(settings.neutral_prompts, thorough)]
 
 
-def pairs(concepts: Sequence[Concept], settings: Settings) -> list[scenes.Scene]:
-    """The pictures of two concepts; styles take no part."""
-    triggers = [None if concept.kind == "style" else concept.trigger for concept in concepts]
-    return scenes.plan(triggers, settings.scenes * len(concepts) if settings.speed != "closed" else 0)
+def pairs(concepts: Sequence[Concept], settings: Settings) -> tuple[list[scenes.Scene], list[scenes.Scene]]:
+    """The pictures of two concepts: of things side by side, and of things in styles."""
+    count = settings.scenes * len(concepts) if settings.speed != "closed" else 0
+    things = [None if concept.kind == "style" else concept.trigger for concept in concepts]
+    styles = [concept.trigger if concept.kind == "style" else None for concept in concepts]
+    return scenes.side_by_side(things, count), scenes.styled(things, styles, count if settings.styled else 0)
 
 
 def states(looked_at: Sequence[Sequence[str]], settings: Settings) -> list[int]:
@@ -153,7 +160,8 @@ def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> f
         passes: how often the concepts' own pictures are drawn: more than once if not all layers fit into memory.
     """
     looked_at = texts(concepts, settings)
-    pictures = passes * sum(map(len, looked_at)) + len(looked_at) + 2 * len(pairs(concepts, settings))
+    parts = sum(len(scene.parts) for kind in pairs(concepts, settings) for scene in kind)
+    pictures = passes * sum(map(len, looked_at)) + len(looked_at) + parts
     return 2 * (settings.steps * pictures + sum(states(looked_at, settings)))
 
 

@@ -60,19 +60,19 @@ class Look:
 
     Attributes:
         steps: before which it is taken.
-        at: changes → more to learn from, as banks, and their shares.
+        at: changes → what is learnt from afterwards, as banks, and their shares.
     """
 
     steps: Collection[int]
-    at: Callable[[Changes], tuple[list[Bank], list[float]]]
+    at: Callable[[Changes], tuple[Sequence[Bank], Sequence[float]]]
 
 
 def polish(
     host: Host,
     modules: Mapping[str, nn.Module],
     changes: Changes,
-    banks: list[Bank],
-    shares: list[float],
+    banks: Sequence[Bank],
+    shares: Sequence[float],
     steps: int,
     batch: int,
     seed: int,
@@ -111,17 +111,18 @@ def polish(
     """
     trained = Trained(changes, whitenings or {}, host.device)
     generator = torch.Generator().manual_seed(seed)
-    weights, units = _units(banks, shares, guided > 0)
+    units: dict[int, list[tuple[int, ...]]] = {}
+    weights = _weights(banks, shares, units, guided > 0)
     count = max(1, batch // 2) if guided else batch
     first, effect, scale = None, 0.0, LOSS_SCALE
     best, least, worse = None, math.inf, 0
     for step in range(steps):
         if look and step in look.steps:
-            more, their_shares = look.at(trained.found())
-            their_weights, their_units = _units(more, their_shares, guided > 0)
-            banks, units, weights = [*banks, *more], [*units, *their_units], torch.cat([weights, their_weights])
+            banks, shares = look.at(trained.found())
+            weights = _weights(banks, shares, units, guided > 0)
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
-        picked = [units[b][int(torch.randint(len(units[b]), (1,), generator=generator))] for b in chosen]
+        each = [units[id(banks[b])] for b in chosen]
+        picked = [own[int(torch.randint(len(own), (1,), generator=generator))] for own in each]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         lesson = reading.lesson() if reading else None
         if lesson and not effect:
@@ -146,16 +147,20 @@ def polish(
     return best or trained.found()
 
 
-def _units(banks: Sequence[Bank], shares: Sequence[float], guided: bool) -> tuple[Tensor, list[list[tuple[int, ...]]]]:
-    """How often each bank is drawn from (banks,), an empty one never, and what is drawn of it: entries, or pairs."""
-    weights = torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
-    # Rows alone show more noises at a time than pairs do.
-    return weights, [together(bank) if guided else [(entry,) for entry in range(len(bank))] for bank in banks]
+def _weights(
+    banks: Sequence[Bank], shares: Sequence[float], units: dict[int, list[tuple[int, ...]]], guided: bool
+) -> Tensor:
+    """How often each bank is drawn from (banks,), an empty one never; `units` learn what is drawn of it, by its id."""
+    for bank in banks:
+        if id(bank) not in units:
+            # Rows alone show more noises at a time than pairs do.
+            units[id(bank)] = together(bank) if guided else [(entry,) for entry in range(len(bank))]
+    return torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
 
 
 def _descend(
     host: Host,
-    banks: list[Bank],
+    banks: Sequence[Bank],
     units: Sequence[tuple[Row, ...]],
     at_once: int,
     factors: list[Tensor],
@@ -185,7 +190,7 @@ def _descend(
 
 
 @torch.no_grad()
-def _effect(host: Host, banks: list[Bank], rows: Sequence[Row], at_once: int) -> float:
+def _effect(host: Host, banks: Sequence[Bank], rows: Sequence[Row], at_once: int) -> float:
     """The mean error of these rows in v without any change, so the size of what is to be learnt."""
     weights = in_v(host, torch.stack([banks[row.bank].t[row.entry] for row in rows])).to(host.device)
     parts = [rows[begin : begin + at_once] for begin in range(0, len(rows), at_once)]
@@ -210,12 +215,12 @@ def in_v(host: Host, t: Tensor) -> Tensor:
     return 1 / host.alphas.cpu()[t.long().clamp(0, len(host.alphas) - 1)]
 
 
-def error(host: Host, banks: list[Bank], rows: Sequence[Row]) -> Tensor:
+def error(host: Host, banks: Sequence[Bank], rows: Sequence[Row]) -> Tensor:
     """Mean squared difference (B,) between what the host predicts now and the rows' teachers."""
     return difference(host, banks, rows).square().flatten(1).mean(1)
 
 
-def difference(host: Host, banks: list[Bank], rows: Sequence[Row]) -> Tensor:
+def difference(host: Host, banks: Sequence[Bank], rows: Sequence[Row]) -> Tensor:
     """What the host predicts now less the rows' teachers (B, 4, h, w)."""
     texts = [banks[row.bank].prompts[banks[row.bank].prompt[row.entry]] for row in rows]
     unique = list(dict.fromkeys(texts))
@@ -228,7 +233,7 @@ def difference(host: Host, banks: list[Bank], rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def missed(
-    host: Host, modules: Mapping[str, nn.Module], changes: Changes, banks: list[Bank], batch: int
+    host: Host, modules: Mapping[str, nn.Module], changes: Changes, banks: Sequence[Bank], batch: int
 ) -> list[float]:
     """How much of each bank's effect the merge misses: Σ‖v_merged − v_i‖² / Σ‖v_base − v_i‖², 0 is perfect.
 

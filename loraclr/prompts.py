@@ -59,6 +59,14 @@ PAIR = (
     "a {} and a {} on a green background",
     "a {} and a {} on a gray background",
 )
+STYLED = (
+    "a {} in {}",
+    "a {} on a red background in {}",
+    "a {} on a white background in {}",
+    "a {} on a blue background in {}",
+    "a {} on a green background in {}",
+    "a {} on a gray background in {}",
+)
 STAND_INS = ("cat", "dog")  # for a concept on the left or right that a LoRA does not know
 #: Without a background that only they have: it would be learnt as a sign that no concept is wanted.
 NEUTRAL = (

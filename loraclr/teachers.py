@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from loraclr.concept import Concept
 from loraclr.hosts import Context, Host
 from loraclr.plan import Settings
 
-#: Where the numbers of noises begin: of scenes, and of what is drawn in the middle of the polish.
-SCENE_NOISE, LOOK_NOISE = 1000, 3000
+#: Where the numbers of noises begin: of both kinds of scenes, and of what is drawn in the middle of the polish.
+SCENE_NOISE, LOOK_NOISE = (1000, 2000), 3000
 
 
 class Teachers:
@@ -30,11 +30,12 @@ class Teachers:
         texts: the prompts that are looked at.
         asked: the changes that a merge is to come near to.
         modules: the layers that any of these touches, by name.
-        scenes: the pictures of two concepts.
+        scenes: the pictures of two concepts, by kind: side by side, and things in styles.
         own: what each teacher said on the way to its own pictures.
         held: the same of one more picture each, not to be learnt from but to be measured on.
-        joint: of scenes, some in each bank.
+        joint: of scenes, by kind, some in each bank.
         stray: in states of the others' ways.
+        again: of pictures that the merged LoRA has drawn, once for each look.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Teachers:
         for place, lora in enumerate(concept.lora for concept in concepts):
             if lora.layer_embeddings:
                 own, texts = self.asked[place], self.texts[place]
-                drawn = [*texts, *scenes.asked_of(place, self.scenes), ""]
+                drawn = [*texts, *scenes.asked_of(place, self.scenes[0]), ""]
                 self.trained[place] = own, folding.read(host, live, lora, own, drawn)
                 self.asked[place] = folding.folded(host, live, lora, own, texts)
         touched = {name for changes in self.asked for name in changes}
@@ -59,22 +60,28 @@ class Teachers:
         self.size = settings.size or host.size
         self.own: list[Bank] = []
         self.held: list[Bank] = []
-        self.joint: list[Bank] = []
+        self.joint: list[list[Bank]] = []
         self.stray: list[Bank] = []
-        self.looked = 0  # pictures of each concept that a merged LoRA has drawn
+        self.again: list[list[Bank]] = []
 
     @contextmanager
-    def acting(self, place: int) -> Iterator[None]:
-        """Inside, one concept's own LoRA acts as it was trained to."""
-        changes, texts = self.trained.get(place, (self.asked[place], None))
-        with capture.applied(self.modules, changes), folding.layered(self.modules, texts) if texts else nullcontext():
+    def acting(self, places: Sequence[int]) -> Iterator[None]:
+        """Inside, one concept's own LoRA acts as it was trained to; several act together."""
+        alone = len(places) == 1  # an ED-LoRA's texts for single layers would leave none for another LoRA
+        with ExitStack() as stack:
+            for place in places:
+                own = self.asked[place], None
+                changes, texts = self.trained.get(place, own) if alone else own
+                stack.enter_context(capture.applied(self.modules, changes))
+                if texts:
+                    stack.enter_context(folding.layered(self.modules, texts))
             yield
 
     @torch.no_grad()
     def look(self, place: int, watching: AbstractContextManager) -> None:
         """Draw one concept's pictures, inside `watching`; once more draws the same."""
         texts, stage = self.texts[place], f"Looking at {self.names[place]}"
-        with self.acting(place):
+        with self.acting([place]):
             with watching:
                 bank = self._draw(stage, texts, 0)
             if len(self.own) == place:
@@ -82,42 +89,59 @@ class Teachers:
                 self.held.append(self._draw(stage, texts[:1], len(texts)))
 
     def compose(self) -> None:
-        """Draw two concepts in one picture, each half by its own LoRA."""
+        """Draw two concepts in one picture, each part by its own LoRAs."""
         settings, stage = self.settings, "Looking at two in one picture"
-        for begin in range(0, len(self.scenes), settings.batch):
-            part, seed = self.scenes[begin : begin + settings.batch], settings.seed + SCENE_NOISE + begin
-            self.tick(stage, 0)
-            bank, _ = scenes.draw(
-                self.host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
-                lambda rows: self.tick(stage, rows),
-            )  # fmt: skip
-            self.joint.append(bank)
+        for kind, every in enumerate(self.scenes):
+            self.joint.append([])
+            for begin in range(0, len(every), settings.batch):
+                part, seed = every[begin : begin + settings.batch], settings.seed + SCENE_NOISE[kind] + begin
+                self.tick(stage, 0)
+                bank, _ = scenes.draw(
+                    self.host, self.acting, part, seed, settings.steps, settings.guidance, self.size,
+                    lambda rows: self.tick(stage, rows),
+                )  # fmt: skip
+                self.joint[kind].append(bank)
 
     def look_astray(self) -> None:
         """Ask each concept's own LoRA, and the base, what to make of pictures on their way to something else."""
         stage, states = "Looking at what could go wrong", plan.states(self.texts, self.settings)
         for place, count in enumerate(states if any(states) else ()):
             self.tick(stage, 0)
-            with self.acting(place):
+            with self.acting([place]):
                 bank = astray(
                     self.host, self.own, place, count, self.settings.batch, self.settings.seed,
                     lambda rows: self.tick(stage, rows),
                 )  # fmt: skip
             self.stray.append(bank)
 
-    def look_again(self, merged: Changes) -> list[Bank]:
+    def look_again(self, merged: Changes) -> None:
         """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done there."""
-        stage, first = "Looking at what it draws so far", self.looked
-        self.looked += plan.drawn_again(self.settings)
-        found = []
+        stage, count = "Looking at what it draws so far", plan.drawn_again(self.settings)
+        first, found = count * len(self.again), []
         for place, texts in enumerate(self.texts):
-            some = [texts[number % len(texts)] for number in range(first, self.looked)]
+            some = [texts[number % len(texts)] for number in range(first, first + count)]
             with capture.applied(self.modules, merged), torch.no_grad():
                 bank = self._draw(stage, some, LOOK_NOISE + first)
-            with self.acting(place):
+            with self.acting([place]):
                 answer(self.host, bank, self.settings.batch, lambda rows: self.tick(stage, rows))
             found.append(bank)
-        return found
+        self.again.append(found)
+
+    def lessons(self, care: Sequence[float]) -> tuple[list[Bank], list[float]]:
+        """All that was said so far, as banks, and how much of the polish is to be about each, relative.
+
+        Args:
+            care: how much is to be about each concept, 1 for all if they are alike.
+        """
+        settings, concepts, lessons = self.settings, len(care), []
+        each = [*care, settings.neutral * concepts]
+        kinds = [(self.own, 1.0), (self.stray, settings.astray), *((found, settings.again) for found in self.again)]
+        for banks, weight in kinds:
+            lessons += [(bank, weight * share) for bank, share in zip(banks, each, strict=bool(banks))]
+        for banks, weight in zip(self.joint, (settings.binding, settings.styled), strict=bool(self.joint)):
+            states = sum(map(len, banks))
+            lessons += [(bank, weight * concepts * len(bank) / states) for bank in banks]
+        return [bank for bank, _ in lessons], [share for _, share in lessons]
 
     def _draw(self, stage: str, texts: list[str], first: int) -> Bank:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""

@@ -52,7 +52,9 @@ def test_a_second_look_asks_each_lora_in_states_of_what_the_merged_one_draws() -
     host = ToyHost()
     run = _Run(host, concepts(host), Settings(speed="best", steps=2), lambda *_: None, by_closed_form)
     merged = changes_of(toy_lora(host, "merged", 3), host.layers())
-    first, second = run.teachers.look_again(merged), run.teachers.look_again(merged)
+    run.teachers.look_again(merged)
+    run.teachers.look_again(merged)
+    first, second = run.teachers.again
     for place, bank in enumerate(first):
         changes = changes_of(run.concepts[place].lora, host.layers()) if place < 2 else {}
         assert len(bank) == 2 * 2 * plan.AGAIN and not states(bank) & states(second[place])

@@ -137,13 +137,12 @@ def test_what_a_merge_learns_from_is_drawn_with_each_layers_embedding() -> None:
             wanted = host.predict(bank.x[entry][None], bank.t[entry][None], host.encode([text]))
         return float((bank.prediction[entry] - wanted[0])[..., region].abs().max())
 
-    (pictures,), (joint,) = run.teachers.own, run.teachers.joint
+    (pictures,), ((joint,), _), (beside, _) = run.teachers.own, run.teachers.joint, run.teachers.scenes
     seen = [(pictures, entry, pictures.prompts[n], slice(None)) for entry, n in enumerate(pictures.prompt)]
     for entry, number in enumerate(joint.prompt):
-        if number < len(run.teachers.scenes):
-            scene, left = run.teachers.scenes[number], run.teachers.scenes[number].left == 0
-            region = slice(0, joint.x[entry].shape[-1] // 2) if left else slice(joint.x[entry].shape[-1] // 2, None)
-            seen.append((joint, entry, scene.halves[not left], region))
+        if number < len(beside):
+            (part,) = (part for part in beside[number].parts if part.concepts == (0,))
+            seen.append((joint, entry, part.prompt, part.columns(joint.x[entry].shape[-1])))
     assert len(seen) > len(pictures) + 4
     assert max(away(bank, entry, text, own, region) for bank, entry, text, region in seen) < 1e-5
     with_word = [row for row in seen if WORD in row[2]]

@@ -16,7 +16,7 @@ from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, merge
+from loraclr.merging import Cancelled, cares, merge
 from loraclr.plan import POLISH_STEPS, Settings, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
@@ -297,6 +297,12 @@ def test_progress_counts_the_pictures_of_two() -> None:
     looked = [share for stage, share, _ in seen if stage == "Looking at two in one picture"]
     rows = 4 * 2 * 2 * settings.steps  # scenes, halves of each, with and without the prompt
     assert looked[-1] - looked[0] == pytest.approx(rows / work(host, concepts, settings))
+
+
+def test_of_what_is_missed_more_the_polish_learns_more() -> None:
+    assert cares([0.2, 0.2, 0.2], 0.5) == pytest.approx([1, 1, 1])
+    assert cares([0.04, 0.36], 0.5) == pytest.approx([0.5, 1.5])
+    assert cares([0.0, 0.0], 0.5) == cares([0.1, 0.9], 0.0) == [1, 1] and cares([0.0, 0.1], 0.5) == [0, 2]
 
 
 @pytest.mark.parametrize("when", [0.05, 0.5, 0.9])

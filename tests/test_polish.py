@@ -112,7 +112,7 @@ def test_what_a_look_finds_is_learnt_from_then_on() -> None:
 
     def at(changes) -> tuple[list[Bank], list[float]]:
         shown.append(changes)
-        return [found], [3.0]
+        return [neutral, found], [1.0, 3.0]
 
     def left(look: Look | None) -> tuple[float, list[int]]:
         told = []
@@ -123,6 +123,22 @@ def test_what_a_look_finds_is_learnt_from_then_on() -> None:
     assert with_it < 0.7 * without and steps == list(range(1, 151))
     (changes,) = shown
     assert any(not torch.equal(pair[0], balanced(*start[name])[0]) for name, pair in changes.items())
+
+
+def test_a_look_can_weigh_anew_what_was_there() -> None:
+    host = ToyHost()
+    layers = host.layers()
+    first, second = (changes_of(toy_lora(host, name, seed), layers) for seed, name in enumerate(("a", "b"), 1))
+    start = {name: (up, 0.1 * down) for name, (up, down) in first.items()}
+    banks = [bank_of(host, first, ["a sks"]), bank_of(host, second, ["a sks"])]  # which contradict each other
+
+    def left(shares: list[float]) -> list[float]:
+        look = Look([20], lambda _: (banks, shares))
+        result = polish(host, layers, start, banks, [1.0, 1.0], 100, 8, 0, lambda *_: None, look=look)
+        return missed(host, layers, result, [*banks, banks[0]], 8)[:2]
+
+    one, other = left([1.0, 0.01]), left([0.01, 1.0])
+    assert one[0] < 0.5 * other[0] and other[1] < 0.5 * one[1]
 
 
 def test_half_precision_learns_too() -> None:

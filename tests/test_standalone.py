@@ -170,8 +170,8 @@ def test_polish_learns_and_scenes_are_drawn(host) -> None:
 
     bank, latents = scenes.draw(
         host,
-        lambda place: applied(layers, (whole, half)[place]),
-        scenes.plan(["sks", "zyk"], 1),
+        lambda places: applied(layers, (whole, half)[places[0]]),
+        scenes.side_by_side(["sks", "zyk"], 1),
         0,
         2,
         2.0,

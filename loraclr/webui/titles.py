@@ -11,6 +11,7 @@ def title(name: str) -> str:
         "speed": say("Speed"), "rank": say("Largest rank of the merged LoRA"),
         "neutral": say("Protection of everything else"), "anchor": say("Protection in the closed form"),
         "scenes": say("Scenes of two to learn from"), "binding": say("Weight of the scenes of two"),
+        "styled": say("Weight of things in styles"), "care": say("Extra care for weak concepts"),
         "astray": say("Weight of what could go wrong"), "again": say("Weight of the second look"),
         "guided": say("Weight of guidance in the polish"), "reading": say("Weight of the words learnt alone"),
         "directions": say("Directions that the polish evens out"), "ridge": say("Ridge λ of the closed form"),
