@@ -6,7 +6,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from loraclr.capture import Changes, applied
 from loraclr.hosts.standalone import Standalone, open_checkpoint
@@ -19,6 +21,13 @@ def open_miniature(device: str | None = None) -> Standalone:
     """The miniature, loaded by the standalone host."""
     with tempfile.TemporaryDirectory() as folder:
         return open_checkpoint(checkpoint.install(Path(folder)), device)
+
+
+@torch.no_grad()
+def decoded(host: Standalone, latents: Tensor) -> list[Image.Image]:
+    """The pictures of latents (B, 4, h, w)."""
+    vae = host.pipeline.vae
+    return host.pipeline.image_processor.postprocess(vae.decode(latents / vae.config.scaling_factor).sample)
 
 
 def draw(
