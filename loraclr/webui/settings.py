@@ -114,8 +114,8 @@ def _advanced() -> list[Any]:
             scenes = gr.Slider(
                 *LIMITS["scenes"], value=USUAL.scenes, step=1, label="Scenes of two to learn from",
                 elem_id="loraclr_scenes",
-                info="For each subject, pictures in which every half is drawn by its own LoRA; 0: none, as in the "
-                "paper.",
+                info="For each LoRA, pictures of two subjects, each half drawn by its own LoRA, and of subjects in "
+                "styles; 0: none, as in the paper.",
             )  # fmt: skip
         with FormRow():
             ridge = gr.Number(
