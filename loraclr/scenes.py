@@ -107,7 +107,7 @@ class Cast:
     """The LoRAs of some scenes, each with its parts."""
 
     def __init__(self, host: Host, acting: Acting, scenes: Sequence[Scene]) -> None:
-        self.host, self.acting, self.count = host, acting, len(scenes)
+        self.host, self.acting = host, acting
         self.jobs: dict[tuple[int, ...], list[tuple[int, Part]]] = {}  # whose LoRAs → number of the scene, and part
         for number, scene in enumerate(scenes):
             for part in scene.parts:

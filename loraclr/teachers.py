@@ -137,6 +137,7 @@ class Teachers:
         each = [*care, settings.neutral * concepts]
         kinds = [(self.own, 1.0), (self.stray, settings.astray), *((found, settings.again) for found in self.again)]
         for banks, weight in kinds:
+            # What was not looked at has no banks.
             lessons += [(bank, weight * share) for bank, share in zip(banks, each, strict=bool(banks))]
         for banks, weight in zip(self.joint, (settings.binding, settings.styled), strict=bool(self.joint)):
             states = sum(map(len, banks))
