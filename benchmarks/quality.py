@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def measure(bench: Bench, key: tuple[int, str, int], contender: Contender) -> Pi
     chosen = scenes.chosen(count, seed)
     asked = [to_merge(concept) for concept in chosen]
     about = {"concepts": count, "method": method, "seed": seed, "plan": bench.pieces.plan}
-    about["names"] = [concept.name for concept in chosen]
+    about |= {"names": [concept.name for concept in chosen], "date": date.today().isoformat()}
     options = bench.pieces.settings_of(count, method)
     try:
         if options is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loraclr.report import Mean, Share, Table
@@ -34,6 +34,7 @@ class Piece:
         plan: how much was drawn; pieces of different plans are not mixed.
         settings: what was chosen on the tuning prompts.
         refused: why the method cannot merge these LoRAs, "" if it can.
+        date: when it was measured, as 2026-11-29.
     """
 
     concepts: int
@@ -46,6 +47,7 @@ class Piece:
     settings: Mapping = field(default_factory=dict)
     names: Sequence[str] = ()
     refused: str = ""
+    date: str = ""
 
     @property
     def key(self) -> tuple[int, str, int]:
@@ -68,7 +70,9 @@ class Pieces:
                 self.done[piece.key] = piece
 
     def add(self, piece: Piece) -> None:
-        """Keep a piece, on disk at once."""
+        """Keep a piece, on disk at once; with as many places as a table shows, since such files are kept in git."""
+        values = {figure: [round(value, 5) for value in every] for figure, every in piece.values.items()}
+        piece = replace(piece, values=values, capture_s=round(piece.capture_s, 2), merge_s=round(piece.merge_s, 2))
         self.done[piece.key] = piece
         cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a", encoding="utf-8") as file:
@@ -83,7 +87,7 @@ class Pieces:
 def rows(pieces: Sequence[Piece]) -> list[dict]:
     """One row for each number of concepts and method, over all seeds; `<figure>_se` is the standard error.
 
-    A figure that a method does not have is None.
+    A figure that a method does not have is None; `date` is that of the oldest piece.
     """
     by_key = {piece.key: piece for piece in pieces}
     result = []
@@ -101,6 +105,7 @@ def rows(pieces: Sequence[Piece]) -> list[dict]:
         for name in ("capture_s", "merge_s"):
             row[name] = sum(getattr(piece, name) for piece in drawn) / len(drawn) if drawn else None
         row["settings"] = drawn[0].settings if drawn else {}
+        row["date"] = min(piece.date for piece in mine)
         row["refused"] = next((piece.refused for piece in mine if piece.refused), "")
         result.append(row)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,7 @@ class TestRun:
         (tmp_path / "q.jsonl").write_text(before[:-40])  # stopped within the last line
         again = run(names=("sum",))
         assert [row["identity"] for row in again] == [row["identity"] for row in first]
+        assert all(row["date"] == date.today().isoformat() for row in again)
         assert {change for *_, change in host.drawn} != {0.0}
         assert len(host.drawn) == 2 * TINY.concept + 2 * TINY.beside + TINY.pairs + TINY.base  # one row anew
         host.drawn.clear()
@@ -262,6 +264,17 @@ def test_pieces_of_another_plan_are_left_alone(tmp_path: Path) -> None:
     Pieces(path, {"concept": 1}).add(Piece(2, "sum", 0, {"concept": 1}))
     assert Pieces(path, {"concept": 2}).done == {}
     assert list(Pieces(path, {"concept": 1}).done) == [(2, "sum", 0)]
+
+
+def test_a_piece_is_the_same_in_memory_and_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "pieces.jsonl"
+    kept = Pieces(path, {})
+    names, values = ["tiger", "panda"], {"identity": [1 / 3, 2 / 3]}
+    kept.add(Piece(2, "sum", 0, {}, values, merge_s=1 / 3, names=names, date="2026-11-29"))
+    kept.add(Piece(2, "sum", 1, {}, values, names=names, date="2026-11-30"))
+    assert Pieces(path, {}).done == kept.done
+    [row] = results.rows(list(kept.done.values()))
+    assert row["date"] == "2026-11-29", "a row is as old as its oldest part"
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
