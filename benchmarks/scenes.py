@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from miniature import demo
 from miniature.evaluate import Wanted, alone, beside, singles
-from miniature.vocabulary import CLASSES, CONCEPTS, Concept
+from miniature.vocabulary import CONCEPTS, Concept
 
 REPORTING = demo.COLOURS  # no prompt that a merge looks at for a concept names these
 TUNING = ("red", "green", "blue", "gray")
@@ -53,12 +53,17 @@ def chosen(count: int, seed: int) -> tuple[Concept, ...]:
 
 
 def reporting(concepts: Sequence[Concept], plan: Plan, seed: int) -> dict[str, list[Shot]]:
-    """Everything that is drawn for one row, by part."""
+    """Everything that is drawn for one row, by part.
+
+    Base objects come in turn from concept to concept and from seed to seed: asked of every concept, a few words that
+    come out well or badly would be the figure.
+    """
+    turns = [(concept, place, 3 * seed + place) for place, concept in enumerate(concepts)]
     parts = {
-        "concepts": [(w, k) for k, c in enumerate(concepts) for w in alone(c, plan.concept, REPORTING)],
-        "beside": [(w, k) for k, c in enumerate(concepts) for w in beside(c, plan.beside, REPORTING)],
+        "concepts": [(w, k) for c, k, n in turns for w in alone(c, plan.concept, REPORTING, n * plan.concept)],
+        "beside": [(w, k) for c, k, n in turns for w in beside(c, plan.beside, REPORTING, n * plan.beside)],
         "pairs": [(_pair(*pair), None) for pair in demo.pairs_of(concepts, plan.pairs)],
-        "base": [(w, None) for w in singles(-(-plan.base // len(CLASSES)), REPORTING)[: plan.base]],
+        "base": [(w, None) for w in singles(plan.base, REPORTING)],
     }
     start = REPORTING_NOISE + seed * APART
     return {

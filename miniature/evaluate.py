@@ -73,17 +73,21 @@ def on(words: Sequence[str], objects: tuple[str, ...], colour: str) -> Wanted:
     return Wanted(prompt(list(words), colour), objects, colour=colour)
 
 
-def singles(seeds: int, hues: Sequence[str] = HUES) -> list[Wanted]:
-    """Every base class `seeds` times, backgrounds in turn."""
-    names = [name for _ in range(seeds) for name in CLASSES]
-    return [on([name], (name,), hues[place % len(hues)]) for place, name in enumerate(names)]
-
-
-def pairs(count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
-    """`count` pictures of two different base classes, every class about as often on either side."""
+def singles(count: int, hues: Sequence[str] = HUES, first: int = 0) -> list[Wanted]:
+    """`count` pictures of one base class, classes and backgrounds in turn, from class number `first` on."""
     names = list(CLASSES)
     wanted = []
-    for place in range(count):
+    for place in range(first, first + count):
+        name = names[place % len(names)]
+        wanted.append(on([name], (name,), hues[place % len(hues)]))
+    return wanted
+
+
+def pairs(count: int, hues: Sequence[str] = HUES, first: int = 0) -> list[Wanted]:
+    """`count` pictures of two different base classes, from number `first` on, all about as often on either side."""
+    names = list(CLASSES)
+    wanted = []
+    for place in range(first, first + count):
         left = names[place % len(names)]
         apart = 1 + (6 + 5 * (place // len(names))) % (len(names) - 1)  # never 0: two different classes
         right = names[(place + apart) % len(names)]
@@ -91,20 +95,23 @@ def pairs(count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
     return wanted
 
 
-def alone(concept: Concept, count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
-    """A thing by itself, or (styles) a base class in the style."""
+def alone(concept: Concept, count: int, hues: Sequence[str] = HUES, first: int = 0) -> list[Wanted]:
+    """A thing by itself, or (styles) a base class in the style, from number `first` on."""
     if not concept.is_style:
         return [on([concept.trigger], (concept.name,), hues[k % len(hues)]) for k in range(count)]
-    return [styled(wanted, concept) for wanted in singles(-(-count // len(CLASSES)), hues)[:count]]
+    return [styled(wanted, concept) for wanted in singles(count, hues, first)]
 
 
-def beside(concept: Concept, count: int, hues: Sequence[str] = HUES) -> list[Wanted]:
-    """A thing beside a base object, left and right in turn, or (styles) two base objects in the style."""
+def beside(concept: Concept, count: int, hues: Sequence[str] = HUES, first: int = 0) -> list[Wanted]:
+    """A thing beside a base object, left and right in turn, or (styles) two base objects in the style.
+
+    first: number of the first base object; with numbers of their own, concepts stand beside different ones.
+    """
     if concept.is_style:
-        return [styled(wanted, concept) for wanted in pairs(count, hues)]
+        return [styled(wanted, concept) for wanted in pairs(count, hues, first)]
     names = list(CLASSES)
     wanted = []
-    for place in range(count):
+    for place in range(first, first + count):
         other = names[5 * place % len(names)]
         order = slice(None, None, 1 if place % 2 else -1)
         words, objects = [concept.trigger, other][order], (concept.name, other)[order]
@@ -143,7 +150,7 @@ def share(hits: Sequence[bool]) -> Share:
 
 def base_row(draw: Draw, counts: Counts) -> tuple[str, ...]:
     """The base model on one object and on two, each half counted."""
-    one = share([seen.objects[0] for seen in draw(None, singles(counts.seeds))])
+    one = share([seen.objects[0] for seen in draw(None, singles(counts.seeds * len(CLASSES)))])
     two = share([right for seen in draw(None, pairs(counts.pairs)) for right in seen.objects])
     return ("base model", str(one), str(two), "", _goal((one, 0.9), (two, 0.8)))
 

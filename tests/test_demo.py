@@ -95,7 +95,7 @@ def test_demo_writes_report_picture_and_files(tmp_path: Path, monkeypatch: pytes
 
 
 def test_evaluation_draws_every_class_and_both_sides() -> None:
-    names = [wanted.objects for wanted in evaluate.singles(4)]
+    names = [wanted.objects for wanted in evaluate.singles(128)]
     assert sorted(names) == sorted([(name,) for name in CLASSES] * 4)
     for wanted in evaluate.pairs(1000):
         assert wanted.objects[0] != wanted.objects[1]

@@ -25,7 +25,7 @@ from loraclr.result import begun
 from miniature import demo
 from miniature.drawing import draw
 from miniature.judge import Judge
-from miniature.vocabulary import CONCEPT, CONCEPTS
+from miniature.vocabulary import CLASSES, CONCEPT, CONCEPTS
 
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TINY = Plan(concept=2, beside=1, pairs=2, base=4, tune=1, steps=1)
@@ -107,6 +107,13 @@ class TestScenes:
         assert len({scenes.chosen(4, seed) for seed in range(3)}) > 1
         for part in scenes.reporting(CONCEPTS, Plan(), 0).values():
             assert all(shot.wanted.colour in scenes.REPORTING for shot in part)
+
+    def test_base_objects_are_not_the_same_for_every_concept_and_seed(self) -> None:
+        for count in (4, 8, 12):
+            parts = [scenes.reporting(scenes.chosen(count, seed), Plan(), seed) for seed in range(3)]
+            things = [[n for n in shot.wanted.objects if n in CLASSES] for part in parts for shot in part["beside"]]
+            every = [name for names in things for name in names]
+            assert len(set(every)) >= 28 and max(map(every.count, every)) <= 3 * len(every) / len(CLASSES)
 
     def test_a_thing_in_a_style_is_one_object(self) -> None:
         shots = scenes.reporting((CONCEPT["tiger"], CONCEPT["outline"]), TINY, 0)["pairs"]
