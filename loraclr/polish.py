@@ -5,7 +5,8 @@ positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
 teacher is run again. Guidance puts a prompt's prediction and the one without a prompt together as u + g (c − u), which
-makes errors that differ larger and errors that are alike cancel; so a share of the loss is on this guided prediction.
+makes errors that differ larger and errors that are alike cancel; so in the last steps, when all errors are small, a
+share of the loss is on this guided prediction.
 Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
 factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
@@ -27,6 +28,7 @@ from loraclr.whitening import Whitening
 
 CHECK = 200  # steps between two looks at what was kept out
 PATIENCE = 2  # looks in a row that may be worse than the best before a run ends
+FINISH = 0.7  # share of the steps that learn from rows alone, which are of twice as many states as pairs are
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def polish(
             but that a single one cannot be guided.
         tick: told (step, loss relative to the first steps) after each step; may raise to cancel.
         whitenings: of the layers' inputs; a layer without one is trained as it is.
-        guidance, guided: g, and the share of the loss that is on the guided prediction.
+        guidance, guided: g, and the share of the loss that is on the guided prediction, from `FINISH` of the steps on.
         held_out: how much factors miss of what is not learnt from. It is asked every `CHECK` steps and at the end, and
             a run that gets worse there ends early; runs of fewer steps are not looked at.
         fixed: changes that act beside the factors and stay as they are: of norm layers, which have no factors.
@@ -111,15 +113,20 @@ def polish(
     """
     trained = Trained(changes, whitenings or {}, host.device)
     generator = torch.Generator().manual_seed(seed)
+    finish = round(FINISH * steps) if guided else steps
     units: dict[int, list[tuple[int, ...]]] = {}
-    weights = _weights(banks, shares, units, guided > 0)
-    count = max(1, batch // 2) if guided else batch
+    weights, count = _weights(banks, shares, units, False), batch
     first, effect, scale = None, 0.0, LOSS_SCALE
     best, least, worse = None, math.inf, 0
     for step in range(steps):
-        if look and step in look.steps:
+        looked = look is not None and step in look.steps
+        if looked:
             banks, shares = look.at(trained.found())
-            weights = _weights(banks, shares, units, guided > 0)
+        if step == finish:
+            units.clear()
+            count = max(1, batch // 2)
+        if looked or step == finish:
+            weights = _weights(banks, shares, units, step >= finish)
         chosen = torch.multinomial(weights, count, replacement=True, generator=generator).tolist()
         each = [units[id(banks[b])] for b in chosen]
         picked = [own[int(torch.randint(len(own), (1,), generator=generator))] for own in each]
@@ -148,13 +155,12 @@ def polish(
 
 
 def _weights(
-    banks: Sequence[Bank], shares: Sequence[float], units: dict[int, list[tuple[int, ...]]], guided: bool
+    banks: Sequence[Bank], shares: Sequence[float], units: dict[int, list[tuple[int, ...]]], pairs: bool
 ) -> Tensor:
     """How often each bank is drawn from (banks,), an empty one never; `units` learn what is drawn of it, by its id."""
     for bank in banks:
         if id(bank) not in units:
-            # Rows alone show more noises at a time than pairs do.
-            units[id(bank)] = together(bank) if guided else [(entry,) for entry in range(len(bank))]
+            units[id(bank)] = together(bank) if pairs else [(entry,) for entry in range(len(bank))]
     return torch.tensor([share if len(bank) else 0.0 for share, bank in zip(shares, banks, strict=True)])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
 from loraclr.capture import Bank, applied, changes_of, filing
 from loraclr.hosts import Context
-from loraclr.polish import CHECK, Look, _loss, missed, polish, together
+from loraclr.polish import CHECK, Look, _descend, _loss, missed, polish, together
 from loraclr.training import balanced
 
 
@@ -211,6 +212,25 @@ class TestHeldOut:
     def test_a_short_run_is_not_looked_at(self) -> None:
         steps, looked, _ = self.told([], CHECK - 1)
         assert steps == CHECK - 1 and not looked
+
+
+@pytest.mark.parametrize("looks", [(), (4,), (7,), (8,)])
+def test_the_last_steps_learn_from_pairs_and_the_others_from_rows_alone(looks, monkeypatch) -> None:
+    host, seen = ToyHost(), []
+
+    def watched(host, banks, units, *rest) -> float:
+        seen.append([len(unit) for unit in units])
+        return _descend(host, banks, units, *rest)
+
+    monkeypatch.setattr("loraclr.polish._descend", watched)
+    layers = host.layers()
+    teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
+    banks = [bank_of(host, teacher, ["a sks"]), bank_of(host, {}, ["a dog"])]
+    look = Look(looks, lambda _: ([*banks, bank_of(host, teacher, ["a cat"])], [1.0, 1.0, 1.0]))
+    for guided, pairs in ((0.3, 3), (0.0, 0)):
+        seen.clear()
+        polish(host, layers, start, banks, [1.0, 1.0], 10, 8, 0, lambda *_: None, None, None, 4.0, guided, look=look)
+        assert seen == [[1] * 8] * (10 - pairs) + [[2] * 4] * pairs
 
 
 def test_banks_of_different_precision_are_learnt_from_together() -> None:
