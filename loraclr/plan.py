@@ -51,7 +51,7 @@ class Settings:
             concept; 0: it is not looked at.
         care: how much more is learnt, after such a look, of concepts of which more is missed: this power of the share
             that is missed; 0: of all alike.
-        guided: share of the polish's loss that is on what guidance makes of two predictions; not in a fast merge.
+        guided: share of the polish's loss that is, in its last steps, on what guidance makes of two predictions.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
