@@ -148,7 +148,6 @@ CONTENDERS: dict[str, Contender] = {
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
     # With one ingredient left out.
     "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
-    "fast-unguided": Contender(on_model("loraclr", speed="fast", guided=0.0)),
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
     "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
     "fast-no-styled": Contender(on_model("loraclr", speed="fast", styled=0.0)),

@@ -292,7 +292,8 @@ class _Run:
             factors = polish(
                 self.host, self.modules, factors, *teachers.lessons([1.0] * concepts), steps, self.rows, settings.seed,
                 lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-                1 if self.size > SEVERAL else None, self.whitenings, settings.guidance, settings.guided,
+                1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
+                settings.guided if settings.thorough else 0.0,
                 lambda found: sum(left(found)), self.reading, settings.reading, norms,
                 Look(plan.looks(concepts, settings), at),
             )  # fmt: skip

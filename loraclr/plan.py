@@ -51,7 +51,8 @@ class Settings:
             concept; 0: it is not looked at.
         care: how much more is learnt, after such a look, of concepts of which more is missed: this power of the share
             that is missed; 0: of all alike.
-        guided: share of the polish's loss that is, in its last steps, on what guidance makes of two predictions.
+        guided: share of the polish's loss that is, in its last steps, on what guidance makes of two predictions; a fast
+            merge has too few steps to spend them on pairs.
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
