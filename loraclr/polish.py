@@ -5,8 +5,8 @@ positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
 the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
 teacher is run again. Guidance puts a prompt's prediction and the one without a prompt together as u + g (c − u), which
-makes errors that differ larger and errors that are alike cancel; so in the last steps, when all errors are small, a
-share of the loss is on this guided prediction.
+makes errors that differ larger and errors that are alike cancel; so in the last steps a share of the loss is on
+this guided prediction.
 Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
 factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
@@ -113,7 +113,8 @@ def polish(
     """
     trained = Trained(changes, whitenings or {}, host.device)
     generator = torch.Generator().manual_seed(seed)
-    finish = round(FINISH * steps) if guided else steps
+    at_once = at_once or batch
+    finish = round(FINISH * steps) if guided and at_once > 1 else steps
     units: dict[int, list[tuple[int, ...]]] = {}
     weights, count = _weights(banks, shares, units, False), batch
     first, effect, scale = None, 0.0, LOSS_SCALE
@@ -133,12 +134,12 @@ def polish(
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         lesson = reading.lesson() if reading else None
         if lesson and not effect:
-            effect = _effect(host, banks, [row for unit in rows for row in unit], at_once or batch)
+            effect = _effect(host, banks, [row for unit in rows for row in unit], at_once)
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()
         with torch.enable_grad(), applied(modules, {**live, **(fixed or {})}):
             leaves = [value for pair in live.values() for value in pair]
-            loss = _descend(host, banks, rows, at_once or batch, leaves, scale, guidance, guided)
+            loss = _descend(host, banks, rows, at_once, leaves, scale, guidance, guided)
             if lesson:
                 reading.learn(lesson, live, reads * effect, scale)
         if not trained.descend(live, schedule(step, steps)):
@@ -175,8 +176,6 @@ def _descend(
     guided: float,
 ) -> float:
     """Add the gradients of the rows' mean error in v, which is returned, to the factors'; `scale` is out of them."""
-    if at_once < 2:
-        units = [(row,) for unit in units for row in unit]
     times = torch.stack([banks[unit[0].bank].t[unit[0].entry] for unit in units])
     weights, whole = in_v(host, times) * torch.tensor([float(len(unit)) for unit in units]), 0.0
     weights = (weights / weights.sum()).to(host.device)

@@ -227,9 +227,11 @@ def test_the_last_steps_learn_from_pairs_and_the_others_from_rows_alone(looks, m
     teacher, start = (changes_of(toy_lora(host, name, seed), layers) for name, seed in (("a", 1), ("b", 2)))
     banks = [bank_of(host, teacher, ["a sks"]), bank_of(host, {}, ["a dog"])]
     look = Look(looks, lambda _: ([*banks, bank_of(host, teacher, ["a cat"])], [1.0, 1.0, 1.0]))
-    for guided, pairs in ((0.3, 3), (0.0, 0)):
+    for guided, at_once, pairs in ((0.3, None, 3), (0.3, 2, 3), (0.3, 1, 0), (0.0, None, 0)):
         seen.clear()
-        polish(host, layers, start, banks, [1.0, 1.0], 10, 8, 0, lambda *_: None, None, None, 4.0, guided, look=look)
+        polish(
+            host, layers, start, banks, [1.0, 1.0], 10, 8, 0, lambda *_: None, at_once, None, 4.0, guided, look=look
+        )  # fmt: skip
         assert seen == [[1] * 8] * (10 - pairs) + [[2] * 4] * pairs
 
 
