@@ -13,8 +13,9 @@ print(merged.prompt("both"))
 
 from loraclr.concept import Concept
 from loraclr.files import load
+from loraclr.hosts import Cancelled
 from loraclr.lora import LoRA, LoRAFormatError
-from loraclr.merging import Cancelled, merge
+from loraclr.merging import merge
 from loraclr.plan import Settings
 from loraclr.result import Merge, write
 

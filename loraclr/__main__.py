@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit status: 0 done, 1 something is not installed, 2 bad input (nothing written), 130 cancelled.
     """
-    from loraclr.merging import Cancelled
+    from loraclr.hosts import Cancelled
 
     try:
         args = parser().parse_args(argv)

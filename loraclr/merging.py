@@ -40,10 +40,6 @@ SEVERAL = 512  # pictures up to this side in pixels go through the polish severa
 HELD = 10e9
 
 
-class Cancelled(Exception):
-    """The user stopped the merge; nothing was written."""
-
-
 def by_closed_form(name: str, module: nn.Module, changes: Sequence[Factors | None], device: torch.device) -> Statistics:
     """The usual fit of a layer."""
     return Statistics(width(changes), changes, device=device)

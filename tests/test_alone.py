@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from loraclr.__main__ import main
 from loraclr.cli import ui
-from loraclr.merging import Cancelled
+from loraclr.hosts import Cancelled
 from loraclr.webui.alone import listing
 from loraclr.webui.alone.jobs import Jobs
 from loraclr.webui.alone.listing import Listing

@@ -279,7 +279,7 @@ class TestMerge:
         assert main(["merge", *A, *OUT, "--dtype", "fp32"]) == 0
         assert (here / "out.safetensors").stat().st_size > (here / "a.safetensors").stat().st_size
 
-    @pytest.mark.parametrize("stop", [merging.Cancelled, KeyboardInterrupt])
+    @pytest.mark.parametrize("stop", [loraclr.Cancelled, KeyboardInterrupt])
     def test_cancelled(self, here, capsys, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]) -> None:
         def cancelled(*_: object) -> None:
             raise stop
@@ -419,6 +419,8 @@ class TestByWeightsAlone:
         ("arguments", "words"),
         [
             (["--recipe", "out.safetensors", *A], "--recipe says which LoRAs to merge and how: leave --lora out"),
+            (["--recipe", "out.safetensors", "--scenes", "0"], "and how: leave --scenes out"),
+            (["--recipe", "out.safetensors", "--margin", "1"], "and how: leave --margin out"),
             (["--recipe", "out.safetensors", "--seed", "1"], "leave --seed out"),
             (["--recipe", "a.safetensors"], "a.safetensors holds no recipe"),
             (["--recipe", "gone.safetensors"], "gone.safetensors does not exist"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import loraclr
 from loraclr import hinge, memory, merging
 from loraclr.alignment import KINDS
 from loraclr.concept import Concept
@@ -89,9 +90,9 @@ def test_it_can_be_stopped_at_any_layer() -> None:
     modules, asked, merged, seen = layer()
 
     def stop() -> None:
-        raise merging.Cancelled
+        raise loraclr.Cancelled
 
-    with pytest.raises(merging.Cancelled):
+    with pytest.raises(loraclr.Cancelled):
         hinge.objective(modules, asked, merged, seen, MARGIN, PENALTY, stop)
 
 

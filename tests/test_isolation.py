@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -56,3 +57,34 @@ def test_the_tab_knows_the_webui_in_three_files_only() -> None:
     assert {file.name for file in files if pattern.search(file.read_text("utf-8"))} == {
         "callbacks.py", "inside.py", "options.py",
     }  # fmt: skip
+
+
+def test_imports_go_one_way_in_the_order_that_contributing_tells() -> None:
+    table = re.findall(r"^\| (`loraclr/[^|]+)\|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    rows = [[_part(name) for name in re.findall(r"`([^`]+)`", row)] for row in table]
+    place = {part: number for number, row in reversed(list(enumerate(rows))) for part in row}
+    package = ROOT / "loraclr"
+    parts = {_part(str(path.relative_to(package))) for path in package.rglob("*.py")} - {"__init__"}
+    assert parts <= place.keys(), "a file that CONTRIBUTING.md does not place"
+    back = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for path in package.rglob("*.py")
+        if (part := _part(str(path.relative_to(package)))) != "__init__"
+        for other in imported(path) & parts
+        if place[other] > place[part]
+    ]
+    assert not back
+
+
+def imported(path: Path) -> set[str]:
+    """The files and folders of the package that a file imports from, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "loraclr":
+            whole = [node.module] if "." in node.module else [f"loraclr.{alias.name}" for alias in node.names]
+            names |= {name.split(".")[1] for name in whole}
+    return names
+
+
+def _part(path: str) -> str:
+    return path.removeprefix("loraclr/").partition("/")[0].removesuffix(".py")

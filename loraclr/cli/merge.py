@@ -1,4 +1,4 @@
-"""`python -m loraclr merge`: LoRA files and, for most methods, a checkpoint in, one LoRA file out."""
+"""`python -m loraclr merge`: LoRA files and, for methods that look at the model, a checkpoint in, one LoRA file out."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
     """
     from loraclr import recipe
 
-    usual = {"method": "loraclr", "seed": 0, "speed": None, "density": None, "rank": None, "entries": None}
+    usual = {"method": "loraclr", "seed": 0, **dict.fromkeys(("speed", "density", "rank", "scenes", *LOOP, "entries"))}
     for name, value in usual.items():
         if getattr(args, name) != value:
             option = "lora" if name == "entries" else name

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     with Line() as line:
         ended = _finished(server, job, line)
     if ended["state"] == "cancelled":
-        from loraclr.merging import Cancelled
+        from loraclr.hosts import Cancelled
 
         raise Cancelled
     if ended["state"] == "failed":

@@ -15,6 +15,10 @@ from loraclr.embeddings import Embeddings
 from loraclr.keys import Family
 
 
+class Cancelled(Exception):
+    """The user stopped the merge; nothing was written."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What the text encoders tell the UNet of B prompts.
@@ -77,7 +81,10 @@ class Host(Protocol):
     def sample(
         self, prompts: list[str], seed: int, steps: int, guidance: float, width: int, height: int
     ) -> list[Image.Image]:
-        """Draw one picture for each prompt with the host's own pipeline; picture k starts from seed + k."""
+        """Draw one picture for each prompt with the host's own pipeline; picture k starts from seed + k.
+
+        Raises Cancelled if the host's own way to stop was used.
+        """
 
     def watch(self, record: Record) -> AbstractContextManager[None]:
         """Report every UNet call made inside to `record`."""

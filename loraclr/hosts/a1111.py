@@ -21,11 +21,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loraclr.embeddings import Embeddings
-from loraclr.hosts import Checkpoint, Context, Record
+from loraclr.hosts import Cancelled, Checkpoint, Context, Record
 from loraclr.hosts.attention import Pooling, Split, opened
 from loraclr.hosts.recompute import LARGE, recomputed
 from loraclr.keys import Family, Part, kohya_name
-from loraclr.merging import Cancelled
 
 # The module types whose weights the webui's LoRA extension rewrites in place.
 _REWRITTEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)

@@ -12,7 +12,7 @@ import torch
 from fastapi import Body, Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from loraclr.merging import Cancelled
+from loraclr.hosts import Cancelled
 from loraclr.methods import METHODS
 from loraclr.webui import card, job, library, orders
 from loraclr.webui.job import Done, Order

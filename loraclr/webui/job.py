@@ -11,8 +11,7 @@ import torch
 
 from loraclr import blocks, files, methods, preview
 from loraclr.concept import Concept
-from loraclr.hosts import Host
-from loraclr.merging import Cancelled
+from loraclr.hosts import Cancelled, Host
 from loraclr.plan import Settings, work
 from loraclr.prompts import Kind
 from loraclr.result import Merge, make_plain, note_bled, write

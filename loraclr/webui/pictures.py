@@ -15,9 +15,8 @@ from loraclr.capture import Bank, Changes
 from loraclr.changes import changes_of
 from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
-from loraclr.hosts import Host
+from loraclr.hosts import Cancelled, Host
 from loraclr.lora import LoRA
-from loraclr.merging import Cancelled
 from loraclr.plan import Settings
 from loraclr.result import Merge
 

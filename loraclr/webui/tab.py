@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from loraclr.merging import Cancelled
+from loraclr.hosts import Cancelled
 from loraclr.webui import card, facts, history, job, labels, results, rows, settings, target
 from loraclr.webui.components import FormRow, script, script_on
 from loraclr.webui.language import retell, say

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from loraclr.merging import Cancelled
+from loraclr.hosts import Cancelled
 
 _REMEMBERED = 64  # jobs that have ended, and their outcomes
 _SHOWN = 512  # pixels on a side of the picture that is shown while a job runs
