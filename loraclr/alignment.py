@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loraclr.capture import NORMS, Bank, Changes, applied, is_cross_kv, is_text, observed
 from loraclr.hosts import Host
+from loraclr.precision import without_autocast
 from loraclr.solve import Factors
 
 ROWS = 4  # UNet calls that are looked at
@@ -72,6 +73,8 @@ def output(change: Factors | None, rows: Tensor) -> Tensor | None:
     if change is None:
         return None
     up, down = (factor.to(rows.device, torch.float32) for factor in change)
-    rows = F.pad(rows.float(), (0, down.shape[1] - rows.shape[-1]), value=1.0)  # the 1 that a bias is multiplied by
-    with torch.autocast(rows.device.type, enabled=False):
+    rows, more = rows.float(), down.shape[1] - rows.shape[-1]
+    if more:  # the 1 that a bias is multiplied by
+        rows = F.pad(rows, (0, more), value=1.0)
+    with without_autocast(rows.device):
         return rows @ down.T @ up.T

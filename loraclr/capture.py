@@ -130,8 +130,8 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
 class Bank:
     """UNet calls of one concept's own pictures: what it saw and what it predicted. Polish needs no other teacher.
 
-    Lists of equal length, one entry for each picture and step, on the CPU and in the UNet's own precision: x (4, h, w),
-    t (), prediction (4, h, w), and the number of the prompt in `prompts`.
+    Lists of equal length, one entry for each picture and step, on the CPU, in the precision they were told in: x
+    (4, h, w), t (), prediction (4, h, w), and the number of the prompt in `prompts`.
     """
 
     prompts: list[str]
@@ -172,13 +172,15 @@ def filing(bank: Bank, contexts: Context) -> Record:
     Args:
         contexts: what the host's text encoders give for `bank.prompts`.
     """
-    known = contexts.tokens.float().flatten(1)
+    known = contexts.tokens.float()
 
     def record(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
-        tokens = context.tokens.detach()
-        if tokens.shape[1:] != contexts.tokens.shape[1:]:
+        tokens = context.tokens.detach().float()
+        if tokens.shape[2] != known.shape[2]:
             return
-        near = torch.cdist(tokens.float().flatten(1), known.to(tokens.device))
+        # The same prompt may have another length, that of the longest it was encoded with.
+        length = min(tokens.shape[1], known.shape[1])
+        near = torch.cdist(tokens[:, :length].flatten(1), known[:, :length].to(tokens.device).flatten(1))
         times = t.reshape(-1).expand(x.shape[0])
         for row, place in enumerate(near.argmin(1).tolist()):
             bank.add(x[row], times[row], place, prediction[row])

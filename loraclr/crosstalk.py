@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from loraclr.capture import Bank, Changes, applied
 from loraclr.hosts import Host
+from loraclr.precision import in_float64
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def crosstalk(
     def predicted(changes: Changes) -> Tensor:
         with applied(modules, changes):
             context = host.encode(prompts)
-            return host.predict(x.to(host.device), t.to(host.device), context).double().flatten().cpu()
+            return in_float64(host.predict(x.to(host.device), t.to(host.device), context)).flatten().cpu()
 
     base = predicted({})
     rest = predicted(merged) - predicted(asked[place])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loraclr.capture import Bank, Changes, applied
 from loraclr.concept import Concept
 from loraclr.hosts import Host
+from loraclr.precision import in_float64
 
 WEAK = 0.8  # a concept of whose effect less than this share is kept is asked about
 SILENT = 0.01  # an effect below this share of what the model predicts is none; the miniature's LoRAs have .06 to .19
@@ -42,7 +43,7 @@ def reasons(
 
     def predicted(changes: Changes) -> Tensor:
         with applied(modules, changes):
-            return host.predict(x.to(host.device), t.to(host.device), host.encode(prompts)).double()
+            return in_float64(host.predict(x.to(host.device), t.to(host.device), host.encode(prompts)))
 
     base = predicted({})
     effects = [float((predicted(changes) - base).square().sum()) for changes in asked]

@@ -81,9 +81,11 @@ def distinct(sources: Sequence[Embeddings]) -> list[dict[str, str]]:
 
 def in_text(text: str, renamed: Mapping[str, str]) -> str:
     """A prompt with words under their new names."""
-    for old, new in renamed.items():
-        text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _, new=new: new, text)
-    return text
+    if not renamed:
+        return text
+    # In one go: a new name may be another's old one. The longest first, since a name may begin as another does.
+    names = "|".join(re.escape(old) for old in sorted(renamed, key=len, reverse=True))
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda found: renamed[found[0]], text)
 
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

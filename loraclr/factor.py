@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loraclr.solve import float64_device
+from loraclr.precision import in_float64
 
 #: A number, "auto" for the smallest rank that keeps SHARE of a layer's output energy, None for ΔW's own rank.
 Rank = int | Literal["auto"] | None
@@ -31,19 +31,18 @@ def truncate(
         raise ValueError(f"rank is {rank}, but must be at least 1")
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}, but must be above 0 and at most 1")
-    dtype, device = up.dtype, float64_device(up.device)
-    base, rest = _orthonormal(up.to(device, torch.float64), down.to(device, torch.float64))
+    base, rest = _orthonormal(in_float64(up), in_float64(down))
     if rank == "auto" or (rank is not None and base.shape[1] > rank):
         # The best ΔW' in the weighted norm is ΔW projected on the leading output directions of ΔW G^½, that is on the
         # leading eigenvectors of ΔW G ΔWᵀ: no square root of the d×d Gram is needed, only this R×R matrix.
-        weighted = rest if gram is None else rest @ gram.to(rest)
+        weighted = rest if gram is None else rest @ in_float64(gram).to(rest)
         energies, directions = torch.linalg.eigh(weighted @ rest.T)
         leading = directions[:, -(_enough(energies, share) if rank == "auto" else rank) :]
         base, rest = base @ leading, leading.T @ rest
     rows, singular, columns = torch.linalg.svd(rest, full_matrices=False)
     root = singular.sqrt()
     new_up, new_down = base @ rows * root, root[:, None] * columns
-    return new_up.to(up.device, dtype).contiguous(), new_down.to(up.device, dtype).contiguous()
+    return new_up.to(up).contiguous(), new_down.to(up).contiguous()
 
 
 def _enough(energies: Tensor, share: float) -> int:
@@ -61,7 +60,7 @@ def decompose(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")
-    wide = delta.to(float64_device(delta.device), torch.float64)
+    wide = in_float64(delta)
     tall = wide.shape[0] > wide.shape[1]
     wide = wide.T if tall else wide
     squares, leading = _leading(wide @ wide.T, rank)
@@ -98,9 +97,8 @@ def _leading(gram: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
 
 def energy(up: Tensor, down: Tensor, gram: Tensor | None = None) -> float:
     """‖up @ down G^½‖²_F, the summed square of the layer's change of output; without gram ‖up @ down‖²_F."""
-    device = float64_device(up.device)
-    up, down = up.to(device, torch.float64), down.to(device, torch.float64)
-    weighted = down if gram is None else down @ gram.to(down)
+    up, down = in_float64(up), in_float64(down)
+    weighted = down if gram is None else down @ in_float64(gram).to(down)
     return float(((up.T @ up) * (weighted @ down.T)).sum())
 
 

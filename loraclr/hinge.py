@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraclr.alignment import KINDS, kind, output
 from loraclr.capture import Changes
 from loraclr.objective import contrastive, delta_penalty, negative_distances
+from loraclr.precision import in_float64
 from loraclr.solve import Factors
 
 TOKENS = 8  # places of each UNet call, and of each prompt, that are looked at
@@ -90,9 +91,10 @@ def _layer(
     targets = [y + _of(ours, x) for y, ours, x in zip(base, own, rows, strict=True)]
     now = [y + _of(change, x) for y, x in zip(base, rows, strict=True)]
     start = contrastive(targets, base, margin, "token")
-    ended = contrastive(targets, now, margin, "token") + delta_penalty(_size(change, weight.shape[1]), penalty)
+    penalised = float(delta_penalty(_size(change, weight.shape[1]), penalty))
+    ended = float(contrastive(targets, now, margin, "token")) + penalised
     active = torch.stack(negative_distances(targets, now, "token")) < margin
-    return float(start), float(ended), float(active.float().mean())
+    return float(start), ended, float(active.float().mean())
 
 
 def _of(change: Factors | None, rows: Tensor) -> Tensor | float:
@@ -102,5 +104,5 @@ def _of(change: Factors | None, rows: Tensor) -> Tensor | float:
 
 def _size(change: Factors, inputs: int) -> Tensor:
     """‖up down‖, without the matrix: ‖BA‖² = tr(BᵀB AAᵀ). A column for a bias is no weight."""
-    up, down = change[0].double(), change[1][:, :inputs].double()
+    up, down = in_float64(change[0]), in_float64(change[1][:, :inputs])
     return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()

@@ -88,8 +88,11 @@ def merge(
         closed, polished = run.polish()
         result.seconds["polish"] = run.lap()
         result.layers, result.kept = run.layers(), run.kept
-        result.notes += run.reasons(polished)
-        result.alignment, result.objective = run.alignment()
+        try:
+            result.notes += run.reasons(polished)
+            result.alignment, result.objective = run.alignment()
+        except torch.cuda.OutOfMemoryError:  # a merge that is done is worth more than figures about it
+            result.notes.append("What came of it could not be measured in full: the graphics card's memory is full.")
     result.memory = memory.peaks(host.device)
     result.missed = {concept.lora.name: (closed[place], polished[place]) for place, concept in enumerate(concepts)}
     progress("Done", 1.0, 0.0)

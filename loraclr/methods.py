@@ -24,6 +24,7 @@ from loraclr.keys import kernel
 from loraclr.lora import LoRA
 from loraclr.merging import Fit, Progress
 from loraclr.plan import Settings
+from loraclr.precision import in_float64
 from loraclr.result import Merge, begun
 from loraclr.solve import Factors
 
@@ -244,7 +245,7 @@ def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> tup
     if isinstance(merged, Tensor):
         merged, dense = decompose(options.scale * merged, None if rank == "auto" else rank), options.scale * merged
         if rank != "auto":
-            return merged, energy(*merged) / max(float(dense.double().square().sum()), 1e-300)
+            return merged, energy(*merged) / max(float(in_float64(dense).square().sum()), 1e-300)
     else:
         merged = options.scale * merged[0], merged[1]
         if rank != "auto" and merged[1].shape[0] <= rank:

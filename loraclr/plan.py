@@ -62,7 +62,7 @@ class Settings:
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
         batch: pictures drawn at a time.
         neutral_prompts: what must not change; at least one, else ValueError.
-        seed: of all noise and all choices.
+        seed: of all noise and all choices; not below 0, else ValueError.
     """
 
     speed: Speed = "fast"
@@ -94,6 +94,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.neutral_prompts:
             raise ValueError("neutral_prompts is empty: give one prompt at least; with neutral=0 it has no weight.")
+        if self.seed < 0:  # a webui draws a number of its own for it each time
+            raise ValueError(f"The seed {self.seed} is below 0: give 0 or more.")
 
     @property
     def thorough(self) -> bool:

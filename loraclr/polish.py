@@ -3,10 +3,10 @@
 The layerwise optimum treats layers one by one; errors add up on the way to the picture. Here the loss is the paper's
 positive term (Eq. 1 with d_p of Eq. 2) at the model's output instead of a layer's,
 E ‖ε_merged(z_t, t, p_i) − ε_i(z_t, t, p_i)‖² over the concepts' own denoising runs, unconditional branch included, plus
-the same on neutral prompts with the base model as teacher. The teachers' predictions were made during capture, so no
-teacher is run again. Guidance puts a prompt's prediction and the one without a prompt together as u + g (c − u), which
-makes errors that differ larger and errors that are alike cancel; so in the last steps a share of the loss is on
-this guided prediction.
+the same on neutral prompts with the base model as teacher. The teachers' predictions were made before, so in a step no
+teacher runs; only a `Look` asks them again. Guidance puts a prompt's prediction and the one without a prompt together
+as u + g (c − u), which makes errors that differ larger and errors that are alike cancel; so in the last steps a share
+of the loss is on this guided prediction.
 Models that predict ε are compared in v, too: at one z_t the two differences are the same up to a
 factor, Δε = √ᾱ_t Δv, and in ε the noisiest steps, which decide what is drawn and where, would hardly count.
 """
@@ -94,7 +94,7 @@ def polish(
     The down factors are trained in the coordinates in which their layer's inputs are white (`loraclr.whitening`).
 
     Args:
-        banks: what to learn from, one for each concept and last the neutral one.
+        banks: what to learn from.
         shares: how much of a batch comes from each bank, relative.
         batch: rows in a step.
         at_once: rows through the UNet at a time, None for all: fewer need less memory, and give the same gradients,

@@ -27,6 +27,7 @@ from loraclr.capture import NORMS, applied, is_cross_kv, reads_text
 from loraclr.changes import Changes, is_text
 from loraclr.concept import Concept
 from loraclr.hosts import Context, Host
+from loraclr.precision import without_autocast
 from loraclr.solve import Factors
 from loraclr.training import LOSS_SCALE, Trained, schedule
 from loraclr.whitening import Whitening
@@ -68,7 +69,8 @@ class Reading:
     ) -> None:
         self.host, self.modules, self.asked = host, modules, asked
         self.concepts, self.usual = concepts, usual
-        self.layers = [name for name in modules if is_cross_kv(name)]
+        # All of them: those that no LoRA changes still read what a changed text encoder says.
+        self.readers = {name: module for name, module in host.layers().items() if is_cross_kv(name)}
         self.weights = [1.0] * len(concepts) + [neutral * len(concepts)]
         # A word that calls a concept says something else with that concept's LoRA than with another's, or with none.
         taken = {word for concept in concepts for word in re.findall(r"\w+", concept.trigger.lower())}
@@ -94,16 +96,26 @@ class Reading:
             return self.random.choice(list(self.usual[place]))
         return prompts.wandering(self.random, trigger, kind, self.words)
 
-    @torch.no_grad()
     def read(self, asked: Sequence[tuple[int, str]]) -> Lesson:
         """Prompts (whose, text), of one concept in a row, as their own LoRAs read them."""
-        places, texts = [place for place, _ in asked], [text for _, text in asked]
-        parts = []
-        for place in sorted(set(places)):
-            with applied(self.modules, {name: pair for name, pair in self.asked[place].items() if is_text(name)}):
-                parts.append(self.host.encode([text for one, text in asked if one == place]))
-        pooled = None if parts[0].pooled is None else torch.cat([part.pooled for part in parts])
-        return Lesson(texts, places, Context(torch.cat([part.tokens for part in parts]), pooled))
+        own: dict[int, list[str]] = {}
+        for place, text in asked:
+            own.setdefault(place, []).append(text)
+        parts = {place: self._own(place, texts) for place, texts in own.items()}
+        # A host may make prompts as long as the longest beside them (the webui: 77 tokens for every 75 of it).
+        longest = max(parts, key=lambda place: parts[place].tokens.shape[1])
+        for place, texts in own.items():
+            if parts[place].tokens.shape[1] < parts[longest].tokens.shape[1]:
+                parts[place] = self._own(place, [*texts, *own[longest]])[list(range(len(texts)))]
+        pooled = None if parts[longest].pooled is None else torch.cat([part.pooled for part in parts.values()])
+        tokens = torch.cat([part.tokens for part in parts.values()])
+        return Lesson([text for _, text in asked], [place for place, _ in asked], Context(tokens, pooled))
+
+    @torch.no_grad()
+    def _own(self, place: int, texts: list[str]) -> Context:
+        """Prompts as one concept's own LoRA reads them."""
+        with applied(self.modules, {name: pair for name, pair in self.asked[place].items() if is_text(name)}):
+            return self.host.encode(texts)
 
     def learn(self, lesson: Lesson, live: Changes, share: float = 1.0, scale: float = LOSS_SCALE) -> float:
         """Add `share` times the gradients of what is misread to those of the factors, whose hooks must be there.
@@ -121,7 +133,7 @@ class Reading:
         for name in parts:
             pair = live.get(name) if name else None
             leaves = [ends[1]] if not name else [ends[0], *(pair or ())]
-            with torch.enable_grad(), torch.autocast(ends[0].device.type, enabled=False):
+            with torch.enable_grad(), without_autocast(ends[0].device):
                 loss = self._misread(name, lesson, ends, pair) / len(parts)
                 found = torch.autograd.grad(loss * share, leaves)
             gradients[0 if name else 1] += found[0]
@@ -143,7 +155,7 @@ class Reading:
         if not name:
             return (tokens[1] - lesson.own.pooled.float()).square().mean() / self.scales[name]
         own = lesson.own.tokens.float()
-        weight = self.modules[name].weight.to(own)
+        weight = self.readers[name].weight.to(own)
         output = F.linear(tokens[0] - own, weight)
         if change is not None:
             output = output + _through(tokens[0], change)
@@ -161,8 +173,8 @@ class Reading:
         asked = [(place, self._text(place)) for place in range(len(self.concepts)) for _ in range(SCALED)]
         lesson, base = self.read(asked), self.host.encode([text for _, text in asked])
         tokens = [value.float() for value in (base.tokens, base.pooled) if value is not None]
-        self.scales = dict.fromkeys(self.layers if base.pooled is None else [*self.layers, ""], 1.0)
-        with torch.autocast(tokens[0].device.type, enabled=False):
+        self.scales = dict.fromkeys(self.readers if base.pooled is None else [*self.readers, ""], 1.0)
+        with without_autocast(tokens[0].device):
             return {name: self._misread(name, lesson, tokens, None).item() for name in self.scales}
 
 
@@ -176,6 +188,8 @@ def practise(
     text = {name: pair for name, pair in changes.items() if reads_text(name)}
     norms = {name: pair for name, pair in text.items() if isinstance(reading.modules[name], NORMS)}
     factors = {name: pair for name, pair in text.items() if name not in norms}
+    if not factors:
+        return dict(changes)
     trained = Trained(factors, whitenings, reading.host.device)
     scale = LOSS_SCALE
     for step in range(steps):

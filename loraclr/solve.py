@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loraclr.precision import in_float64, without_autocast
+
 #: A change of weight as up (o, r) and down (r, d); a norm layer's is what is added to its weight and bias, both (n,).
 Factors = tuple[Tensor, Tensor]
 
@@ -57,8 +59,7 @@ class Statistics:
     def add(self, concept: int, rows: Tensor, weight: float = 1.0) -> None:
         """Add inputs (..., d) that the layer saw while this concept was active, each counted `weight` times."""
         rows = rows.reshape(-1, self.gram.shape[0]).to(self.device, self.gram.dtype)
-        # The host may be inside autocast, which would turn the products into half precision.
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             if self.gram.device == rows.device and not self.shares:
                 self.gram.addmm_(rows.T, rows, alpha=weight)
             elif not self.shares:
@@ -122,8 +123,7 @@ class NormStatistics:
 
     def solve(self, ridge: float = 1e-3) -> Factors:
         """Δγ and Δβ of the merge, (n,) each."""
-        device = float64_device(self.gram.device)
-        system, cross = self.gram.to(device, torch.float64), self.cross.to(device, torch.float64)
+        system, cross = in_float64(self.gram), in_float64(self.cross)
         mean = system.diagonal(dim1=1, dim2=2).mean(1)
         system = system + ridge * torch.diag_embed(mean[:, None].expand(-1, 2))
         # A channel that was never seen, or always the same, has no inverse.
@@ -146,8 +146,9 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     """
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}, but must not be negative")
-    device = float64_device(cross.device)
-    system = gram.to(device, torch.float64, copy=True)
+    wanted = in_float64(cross)
+    system = in_float64(gram).to(wanted.device)
+    system = system.clone() if system is gram else system
     mean = float(system.diagonal().mean()) if system.numel() else 0.0
     if mean == 0.0:
         return torch.zeros_like(cross)
@@ -161,10 +162,5 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
         system.diagonal().add_((larger - share) * mean)
         share = larger
         factor, failed = torch.linalg.cholesky_ex(system)
-    solution = torch.cholesky_solve(cross.to(device, torch.float64).T, factor).T
+    solution = torch.cholesky_solve(wanted.T, factor).T
     return solution.to(cross.device, cross.dtype).contiguous()
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Where to compute in float64: the device, or the CPU for those that may lack it (Apple, Arc, DirectML)."""
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")

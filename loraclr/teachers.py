@@ -159,4 +159,5 @@ class Teachers:
                 self.tick(stage, 0)
                 part, seed = texts[begin : begin + settings.batch], settings.seed + first + begin
                 self.host.sample(part, seed, settings.steps, settings.guidance, self.size, self.size)
+        self.tick(stage, 0)  # a host's own bar shows the picture's, or where the merge was before it
         return bank

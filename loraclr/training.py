@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loraclr.changes import Changes
+from loraclr.precision import without_autocast
 from loraclr.whitening import Whitening
 
 RATE = 0.02  # learning rate of a factor relative to its own root mean square
@@ -75,7 +76,7 @@ class Orthogonal(torch.optim.Optimizer):
         for shape, every in alike.items():
             for begin in range(0, len(every), TOGETHER):
                 part = every[begin : begin + TOGETHER]
-                with torch.autocast(part[0][0].device.type, enabled=False):
+                with without_autocast(part[0][0].device):
                     steps = orthogonal(torch.stack([ahead for _, _, ahead in part]))
                 for (value, rate, _), step in zip(part, steps, strict=True):
                     value.sub_(step, alpha=rate * math.sqrt(max(shape)))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraclr.solve import float64_device
+from loraclr.precision import float64_device, without_autocast
 
 DAMPING = 3e-2  # δ: energy, relative to the mean of all directions, below which they are no longer told apart
 ROUNDS, SPARE = 4, 16  # of the subspace iteration, and columns beyond those that are wanted
@@ -43,7 +43,7 @@ class Whitening:
         return self._scaled(down, 1 / self.scales, 1 / self.rest)
 
     def _scaled(self, rows: Tensor, scales: Tensor, rest: float) -> Tensor:
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             return rest * rows + (rows @ self.basis * (scales - rest)) @ self.basis.T
 
 
@@ -60,7 +60,7 @@ def whitening(gram: Tensor, directions: int, device: torch.device) -> Whitening:
     width, trace = len(gram), float(gram.diagonal().double().sum())
     count = min(directions, width)
     start = torch.randn(width, min(count + SPARE, width), generator=torch.Generator().manual_seed(0)).to(gram)
-    with torch.autocast(gram.device.type, enabled=False):
+    with without_autocast(gram.device):
         basis = torch.linalg.qr(start).Q
         for _ in range(ROUNDS):
             basis = torch.linalg.qr(gram @ basis).Q

@@ -151,6 +151,12 @@ def test_orthogonal_is_the_sum_where_loras_are_orthogonal() -> None:
     assert arithmetic.overlap(changes) < 1e-6
 
 
+def test_orthogonal_of_loras_that_do_nothing_does_nothing() -> None:
+    nothing = torch.zeros(5, 1), torch.zeros(1, 6)
+    up, down = arithmetic.orthogonal([nothing, nothing])
+    assert not (up @ down).any()
+
+
 def test_orthogonal_gives_each_lora_inputs_of_its_own() -> None:
     changes = some()
     assert arithmetic.overlap(changes) > 0.3

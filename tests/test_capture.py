@@ -119,11 +119,21 @@ def test_bank_finds_each_rows_prompt_by_its_context() -> None:
     record = filing(bank, contexts)
     x, prediction = torch.randn(4, 4, 2, 2), torch.randn(4, 4, 2, 2)
     record(x, torch.tensor([7.0]), Context(contexts.tokens[[1, 0, 2, 2]] + 1e-4), prediction)
-    record(x, torch.tensor([7.0]), Context(torch.randn(4, 9, 4)), prediction)  # another length: somebody else's call
+    record(x, torch.tensor([7.0]), Context(torch.randn(4, 7, 5)), prediction)  # another width: somebody else's call
     assert [bank.prompts[place] for place in bank.prompt] == ["b", "a", "", ""]
     assert torch.equal(torch.stack(bank.x), x)
     assert torch.equal(torch.stack(bank.prediction), prediction)
     assert all(t.item() == 7.0 for t in bank.t)
+
+
+@pytest.mark.parametrize("told", [5, 9])
+def test_bank_finds_a_prompt_that_is_told_with_another_length(told: int) -> None:
+    """The webui makes a prompt as long as the longest that it is encoded with."""
+    whole = torch.randn(3, 9, 4)
+    bank = Bank(["a", "b", ""])
+    x = torch.randn(2, 4, 2, 2)
+    filing(bank, Context(whole[:, : 14 - told]))(x, torch.tensor([7.0]), Context(whole[[2, 0], :told]), x)
+    assert [bank.prompts[place] for place in bank.prompt] == ["", "a"]
 
 
 def test_only_q_k_v_of_a_self_attention_read_the_same() -> None:

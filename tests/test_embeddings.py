@@ -77,4 +77,6 @@ def test_equal_names_of_different_words_get_numbers():
 def test_words_in_a_text_are_renamed_as_whole_words():
     assert embeddings.in_text("a zyk, zyks and <zyk>", {"zyk": "zyk_2"}) == "a zyk_2, zyks and <zyk_2>"
     assert embeddings.in_text("a zyk_2", {"zyk": "zyk_2"}) == "a zyk_2"
+    assert embeddings.in_text("x and x_2", {"x": "x_2", "x_2": "x_2_2"}) == "x_2 and x_2_2"
+    assert embeddings.in_text("<p> <p> 1", {"<p>": "<p>_2", "<p> 1": "<p> 1_2"}) == "<p>_2 <p> 1_2"
     assert embeddings.in_text("a <p1> <p2>", {"<p1>": "<p1>_2"}) == "a <p1>_2 <p2>"

@@ -15,8 +15,9 @@ from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
+from loraclr.hosts import Cancelled
 from loraclr.lora import Layer, LoRA
-from loraclr.merging import Cancelled, cares, merge
+from loraclr.merging import _Run, by_closed_form, cares, merge
 from loraclr.plan import POLISH_STEPS, Settings, work
 from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, note_bled, with_whole_attention, write
@@ -365,6 +366,38 @@ def test_refusals_name_the_lora_and_draw_nothing() -> None:
 def test_what_must_not_change_is_something() -> None:
     with pytest.raises(ValueError, match=r"^neutral_prompts is empty: give one prompt at least"):
         Settings(neutral_prompts=())
+
+
+def test_a_seed_below_0_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^The seed -1 is below 0"):  # a webui would draw another each time
+        Settings(seed=-1)
+
+
+def test_words_longer_than_a_text_encoders_piece_lose_no_picture() -> None:
+    """The webui makes a prompt longer with another that it is encoded with, and draws without one of usual length."""
+    host = ToyHost(pieces=True)
+    words = "sks with a hat and a coat of many colours"
+    concepts = [Concept(toy_lora(host, "a", 1), words), Concept(toy_lora(host, "b", 2), "zyk")]
+    own = replace(concepts[1], prompts=("a {}", "a {} on a hill with many trees"))
+    run = _Run(host, [concepts[0], own], Settings(steps=3), lambda *_: None, by_closed_form)
+    for place, pictures in ((0, 8), (1, 2)):
+        run.look(place, [])
+        bank = run.teachers.own[place]
+        told = [bank.prompts[prompt] for prompt in bank.prompt]
+        assert {told.count(text) for text in bank.prompts if text} == {3}
+        assert len(bank.prompts) == pictures + 1 and told.count("") == 3 * pictures
+    result = merge(host, concepts, Settings(speed="fast", steps=3))
+    assert result.missed["a"][1] < 1 and result.missed["b"][1] < 1
+
+
+def test_a_merge_that_cannot_be_measured_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_Run, "alignment", full)
+    host = ToyHost()
+    result = merge(host, [Concept(toy_lora(host, "a", 1), "sks")], CLOSED)
+    assert result.layers and not result.alignment and "could not be measured in full" in result.notes[-1]
 
 
 def test_auto_takes_the_rank_that_each_layer_needs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,8 @@ def written_out(reading: Reading, lesson: Lesson, live) -> Tensor:
     host, parts = reading.host, []
     with applied(reading.modules, live):
         tokens = host.encode(lesson.texts).tokens
-        outputs = {name: reading.modules[name](tokens) for name in reading.layers}
-    for name in reading.layers:
+        outputs = {name: reading.modules[name](tokens) for name in reading.readers}
+    for name in reading.readers:
         wanted = []
         for place, text in zip(lesson.places, lesson.texts, strict=True):
             with applied(reading.modules, reading.asked[place]), torch.no_grad():
@@ -74,6 +75,40 @@ def test_what_is_learnt_against_its_definition() -> None:
     for name in names:
         for mine, its in zip(live[name], again[name], strict=True):
             torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_prompts_of_different_lengths_are_read_together() -> None:
+    """The webui's encoder makes a prompt as long as the longest that it is encoded with."""
+    host = ToyHost(pieces=True)
+    loras = [toy_lora(host, name, seed) for name, seed in (("sks", 1), ("zyk", 2))]
+    concepts = [Concept(loras[0], "sks of many words that say what it wears"), Concept(loras[1], "zyk")]
+    reading = reading_of(host, concepts)
+    lesson = reading.read([(0, "a sks"), (1, "a zyk and a few more words here"), (2, "a dog")])
+    assert lesson.own.tokens.shape[:2] == (3, 2 * 5)
+    for row, (place, text) in enumerate(zip(lesson.places, lesson.texts, strict=True)):
+        with applied(reading.modules, {n: p for n, p in reading.asked[place].items() if n.startswith("lora_te")}):
+            alone = host.encode([text, "a few words more than it takes"]).tokens[0]
+        torch.testing.assert_close(lesson.own.tokens[row], alone)
+    practise(reading, changes_of(toy_lora(host, "c", 3), host.layers()), {}, 3, lambda _: None)
+
+
+def test_layers_that_no_lora_changes_are_read_too() -> None:
+    host = ToyHost()
+    lora = toy_lora(host, "sks", 1)
+    lora = replace(lora, layers={name: layer for name, layer in lora.layers.items() if name.startswith("lora_te")})
+    reading = reading_of(host, [Concept(lora, "sks")])
+    assert set(reading.readers) == {LAYERS + "k", LAYERS + "v"} and reading.has_any
+    changes = {name: (0.3 * up, down) for name, (up, down) in changes_of(lora, host.layers()).items()}
+    lesson = reading.read([(0, "a sks"), (0, "a sks at sea")])
+    learnt = practise(reading, changes, {}, 200, lambda _: None)
+    assert misread(reading, learnt, lesson) < 0.3 * misread(reading, changes, lesson)
+
+
+def test_without_a_layer_that_reads_nothing_is_learnt() -> None:
+    host = ToyHost()
+    reading = reading_of(host, toys(host))
+    changes = {n: p for n, p in changes_of(toy_lora(host, "c", 3), host.layers()).items() if n.endswith("ff_net_2")}
+    assert practise(reading, changes, {}, 3, lambda _: None) == changes
 
 
 def test_no_lora_misreads_all_and_its_own_nothing() -> None:

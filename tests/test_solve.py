@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraclr import objective
-from loraclr.solve import NormStatistics, Statistics, closed_form, float64_device
+from loraclr.precision import float64_device, in_float64, without_autocast
+from loraclr.solve import NormStatistics, Statistics, closed_form
 
 DOUBLE = torch.float64
 
@@ -167,6 +168,39 @@ def test_wrong_inputs_are_refused():
         closed_form(torch.full((2, 2), torch.nan), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"\(4, 2\) and \(2, 5\) do not fit a layer of 6 inputs"):
         Statistics(6, [(torch.zeros(4, 2), torch.zeros(2, 5))])
+
+
+class Apples(torch.Tensor):
+    """A tensor on a device without float64: it cannot even be converted on its way to another."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.device.__get__:
+            return torch.device("mps")
+        told = [*args[1:], *kwargs.values()]
+        if func is torch.Tensor.to and any(one == torch.device("cpu") for one in told):
+            assert torch.float64 not in told, "converted before it was moved"
+            return args[0].as_subclass(torch.Tensor)
+        assert func is not torch.Tensor.double and torch.float64 not in told, "float64 on the device"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_what_a_device_lacks_is_done_elsewhere() -> None:
+    value = torch.randn(3, 4)
+    found = in_float64(value.as_subclass(Apples))
+    assert type(found) is torch.Tensor and torch.equal(found, value.double())
+    double = value.double()
+    assert in_float64(double) is double
+
+
+def test_a_device_without_autocast_has_none_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_there(device_type: str, enabled: bool) -> None:
+        raise RuntimeError(f"User specified an unsupported autocast device_type '{device_type}'")
+
+    monkeypatch.setattr(torch, "autocast", none_there)
+    with without_autocast(torch.device("mps")):
+        pass
 
 
 @pytest.mark.parametrize(("device", "solver"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu", "cpu")])

@@ -36,11 +36,14 @@ class ToyUNet(nn.Module):
 
 
 class ToyHost:
-    """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings. With `norms` it has two norm layers."""
+    """See `loraclr.hosts.Host`. Prompts are hashed into token embeddings. With `norms` it has two norm layers.
+
+    With `pieces` a prompt of more words than TOKENS makes all that are encoded with it longer.
+    """
 
     family, size, target, checkpoint = "sd1", 64, "epsilon", Checkpoint("toy.safetensors", "1")
 
-    def __init__(self, seed: int = 0, norms: bool = False) -> None:
+    def __init__(self, seed: int = 0, norms: bool = False, pieces: bool = False) -> None:
         torch.manual_seed(seed)
         self.device = torch.device("cpu")
         self.alphas = torch.linspace(0.999, 0.005, 1000)
@@ -49,7 +52,7 @@ class ToyHost:
             self.unet.norm, self.unet.group = nn.LayerNorm(WIDTH), nn.GroupNorm(2, WIDTH)
         self.own_words: dict[str, Tensor] = {}
         self.records: list = []
-        self.drawn = 0
+        self.drawn, self.pieces = 0, pieces
 
     def layers(self) -> dict[str, nn.Module]:
         norms = {
@@ -67,9 +70,11 @@ class ToyHost:
         }
 
     def encode(self, prompts: list[str]) -> Context:
-        tokens = []
+        """As long as the longest prompt needs, in pieces of TOKENS words, as the webui does."""
+        tokens, length = [], TOKENS * max(-(-len(prompt.split()) // TOKENS) or 1 for prompt in prompts)
+        length = length if self.pieces else TOKENS
         for prompt in prompts:
-            words = [*prompt.split()[:TOKENS], *[""] * TOKENS][:TOKENS]
+            words = [*prompt.split()[:length], *[""] * length][:length]
             seeds = [sum((place + 1) * ord(letter) for place, letter in enumerate(word)) for word in words]
             usual = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(s)) for s in seeds]
             tokens.append(torch.stack([self.own_words.get(w, u) for w, u in zip(words, usual, strict=True)]))
@@ -88,13 +93,13 @@ class ToyHost:
             for k in range(len(prompts))
         ]
         x = torch.stack(noise)
-        context = self.encode([*prompts, *[""] * len(prompts)])
+        contexts = self.encode(prompts), self.encode([""] * len(prompts))
         for t in torch.linspace(999, 1, steps):
-            times = t.expand(2 * len(prompts))
-            both = self.predict(torch.cat([x, x]), times, context)
-            for record in self.records:
-                record(torch.cat([x, x]), times, context, both)
-            told, untold = both.chunk(2)
+            times = t.expand(len(prompts))
+            told, untold = (self.predict(x, times, context) for context in contexts)
+            for context, prediction in zip(contexts, (told, untold), strict=True):
+                for record in self.records:
+                    record(x, times, context, prediction)
             x = x - (untold + guidance * (told - untold)) / steps
         return [Image.new("RGB", (width, height)) for _ in prompts]
 

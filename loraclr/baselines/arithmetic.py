@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loraclr.solve import Factors, float64_device
+from loraclr.precision import in_float64
+from loraclr.solve import Factors
 
 
 def dense(change: Factors) -> Tensor:
@@ -120,6 +121,8 @@ def orthogonal(changes: Sequence[Factors]) -> Factors:
     """
     bases = [_inputs(down) for _, down in changes]
     stacked = torch.cat(bases, 1)
+    if not stacked.shape[1]:  # none of them does anything here
+        return concat(changes)
     rows, singular, columns = torch.linalg.svd(stacked, full_matrices=False)
     if stacked.shape[1] > stacked.shape[0] or float(singular[-1]) < 1e-3:
         raise ValueError(
@@ -127,13 +130,13 @@ def orthogonal(changes: Sequence[Factors]) -> Factors:
             "inputs, or two of them share a direction): choose another method."
         )
     own = (rows @ columns).split([basis.shape[1] for basis in bases], 1)
-    parts = [(up, (down.to(q) @ q) @ q.T) for (up, down), q in zip(changes, own, strict=True)]
+    parts = [(up, (in_float64(down) @ q) @ q.T) for (up, down), q in zip(changes, own, strict=True)]
     return concat([(up, down.to(up)) for up, down in parts])
 
 
 def _inputs(down: Tensor) -> Tensor:
     """An orthonormal basis (d, rank) in float64 of the inputs that a LoRA looks at."""
-    rows, singular, _ = torch.linalg.svd(down.to(float64_device(down.device), torch.float64).T, full_matrices=False)
+    rows, singular, _ = torch.linalg.svd(in_float64(down).T, full_matrices=False)
     return rows[:, singular > 1e-9 * singular.max()]
 
 

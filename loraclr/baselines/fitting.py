@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from loraclr.factor import decompose
 from loraclr.objective import contrastive, delta_penalty
-from loraclr.solve import Factors, Statistics, float64_device, width
+from loraclr.precision import in_float64
+from loraclr.solve import Factors, Statistics, width
 
 
 def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tensor], steps: int) -> Factors:
@@ -27,10 +28,10 @@ def gradient_fusion(gram: Tensor, ups: Sequence[Tensor], crosses: Sequence[Tenso
     tried first, which torch takes from the gradient's 1-norm. The ridge is 1e-6, against rounding only; what keeps
     directions without data small is that L-BFGS stops early. Returns (o, k) and (k, d), k ≤ Σr_i.
     """
-    device, dtype = float64_device(gram.device), torch.float64
-    basis, mix = torch.linalg.qr(torch.cat(list(ups), 1).to(device, dtype))
-    cross = torch.cat(list(crosses)).to(device, dtype)
-    wanted, system = mix @ cross, gram.to(device, dtype, copy=True)
+    basis, mix = torch.linalg.qr(in_float64(torch.cat(list(ups), 1)))
+    wanted = mix @ in_float64(torch.cat(list(crosses)))
+    system = in_float64(gram).to(wanted.device)
+    system = system.clone() if system is gram else system
     # Sums in float32 may leave the smallest eigenvalue a little below 0, and the objective without a minimum.
     system.diagonal().add_(1e-6 * float(system.diagonal().mean()))
     scale = float(wanted.abs().max())

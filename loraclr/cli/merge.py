@@ -318,7 +318,7 @@ def check_options(args: argparse.Namespace, method: Method, told: Recipe | None 
             raise Refused(f"{option} means nothing to --method {method.name}: leave it out, or choose another method.")
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
-    for name in LOOP:
+    for name in ("seed", *LOOP):
         if (value := getattr(args, name)) is not None and value < 0:
             raise Refused(f"--{name} {value:g} is below 0: give 0 or more.")
     if method.needs_model and args.checkpoint is None and args.server is None:

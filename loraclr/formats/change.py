@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loraclr.precision import without_autocast
+
 
 class Incomplete(ValueError):
     """A tensor is missing without which the others make no layer; the message is its suffix."""
@@ -107,8 +109,7 @@ class Change:
             raise ValueError(
                 f"a change of {in_words(self.size)} does not fit a weight of {in_words(base_weight.shape)}"
             )
-        # A host may be inside autocast, which would turn the products into half precision.
-        with torch.no_grad(), torch.autocast(base_weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(base_weight.device):
             return self._delta(base_weight.detach().float()).reshape(base_weight.shape)
 
     def bias_delta(self, base_bias: Tensor | None = None) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraclr.formats.change import Change, Parts, on, tucker
+from loraclr.precision import without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class GLoRA(Change):
         if base_weight is None or base_weight.ndim > 2 or 2 * self.rank >= min(self.size):
             return super().factors(base_weight)
         a_up, a_down, b_up, b_down = on(base_weight, self.a_up, self.a_down, self.b_up, self.b_down)
-        with torch.no_grad(), torch.autocast(base_weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(base_weight.device):
             up = torch.cat([base_weight.float() @ a_up, b_up], dim=1)
         return self.scale * up, torch.cat([a_down, b_down])
 

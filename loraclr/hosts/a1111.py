@@ -245,7 +245,7 @@ class A1111:
             for encoder in frozen:
                 encoder.is_trainable = True
             unet = self._model.model.diffusion_model
-            again = recomputed(unet) if self.size >= LARGE else nullcontext()
+            again = recomputed(unet, devices.autocast) if self.size >= LARGE else nullcontext()
             with self._on_device(), opened(list(self._closed.values())), again:
                 yield
         finally:

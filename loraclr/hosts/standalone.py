@@ -158,7 +158,7 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
         )
     if pipeline.unet.config.in_channels != 4 or pipeline.text_encoder is None:
         raise ValueError(f"{path.name} is an inpainting, editing or refiner model; choose an ordinary one.")
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     return Standalone(pipeline, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -124,7 +125,7 @@ def _advanced() -> list[Any]:
             )  # fmt: skip
             seed = gr.Number(
                 USUAL.seed, label="Seed of the merge", precision=0, elem_id="loraclr_seed",
-                info="The same seed and settings give the same file.",
+                info="The same seed and settings give the same file. -1 is a random one, which the recipe keeps.",
             )  # fmt: skip
         loop = _loop()
         density = gr.Slider(
@@ -219,7 +220,7 @@ def read(
         guidance=guidance,
         size=int(size) or None,
         neutral_prompts=lines,
-        seed=int(seed or 0),
+        seed=seed_of(seed),
         **{**loop, "iterations": int(iterations)},
     )
     return {
@@ -260,6 +261,12 @@ def rank_of(chosen: Any) -> Rank:
             say('The largest rank is "{rank}": choose exact, auto or a whole number above 0.', rank=chosen)
         )
     return int(word)
+
+
+def seed_of(number: float | None) -> int:
+    """The seed that is written; below 0 a random one, as the webui's own fields have it."""
+    seed = int(number or 0)
+    return seed if seed >= 0 else random.randrange(2**31)
 
 
 def lines_of(text: str | None) -> tuple[str, ...]:
