@@ -26,6 +26,7 @@ TIGER, PANDA = "tiger", "panda"
 def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     """Choose two, edit a trigger, merge, see how far it is, and read off the prompt, the file and the pictures."""
     tab.hurry()
+    tab.page.locator("#loraclr_seed input").fill("-1")
     tab.choose(TIGER, PANDA)
     assert tab.trigger(1).input_value() == "sks", "prefilled from the LoRA's own metadata"
     tab.trigger(2).fill("my bear")
@@ -42,8 +43,9 @@ def test_merge(alone: Alone, tab: Page, shots: Path) -> None:
     assert tab.prompt == "<lora:zoo:1> sks, my bear"
     assert {"zoo.safetensors", "zoo.json", "zoo.preview.png"} <= alone.files()
     with safe_open(alone.loras / "zoo.safetensors", framework="pt") as file:
-        concepts = json.loads(file.metadata()["loraclr.recipe"])["concepts"]
-    assert [concept["prompts"] for concept in concepts] == [[], []], "the usual ones"
+        recipe = json.loads(file.metadata()["loraclr.recipe"])
+    assert [concept["prompts"] for concept in recipe["concepts"]] == [[], []], "the usual ones"
+    assert recipe["settings"]["seed"] > 0, "a random one, but one for all of the merge, that can be told again"
     assert tab.said("result").locator(".loraclr-share").count() == 4, "kept and bled, for each concept"
     assert tab.said("pictures").locator(".loraclr-pictures img").count() == 2 * 3 * (2 + 1)
     tab.page.locator("#loraclr_details > .label-wrap").click()
