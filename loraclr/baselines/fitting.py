@@ -116,13 +116,13 @@ def reference(weight: Tensor, changes: Sequence[Factors], inputs: Sequence[Tenso
 
 
 class Reference:
-    """Rows of every concept's inputs to one layer, and the reference loop over them."""
+    """Rows of every concept's inputs to one layer, kept on the CPU, and the reference loop over them on the device."""
 
     def __init__(
         self, loop: Loop, weight: Tensor, changes: Sequence[Factors | None], device: torch.device | str
     ) -> None:
         self.loop, self.device = loop, torch.device(device)
-        self.weight = weight.detach().flatten(1).to(device, torch.float32)
+        self.weight = weight.detach().flatten(1).to("cpu", torch.float32)
         outputs, width = self.weight.shape
         nothing = torch.zeros(outputs, 1), torch.zeros(1, width)
         self.changes = [tuple(f.to(device, torch.float32) for f in change or nothing) for change in changes]
@@ -134,19 +134,22 @@ class Reference:
         if len(rows) > self.loop.rows:
             generator = torch.Generator().manual_seed(len(self.inputs[concept]))
             rows = rows[torch.randperm(len(rows), generator=generator)[: self.loop.rows].to(rows.device)]
-        self.inputs[concept].append(rows.to(self.device, torch.float32))
+        self.inputs[concept].append(rows.to("cpu", torch.float32))
 
     @property
     def gram(self) -> Tensor:
         """XᵀX (d, d) of all rows kept."""
-        rows = torch.cat([rows for kept in self.inputs for rows in kept])
+        rows = torch.cat([rows for kept in self.inputs for rows in kept]).to(self.device)
         return rows.T @ rows
 
     def solve(self, ridge: float = 0.0) -> Factors:
         """The factors of ΔW at full rank; the ridge is not used."""
-        seen = [(change, torch.cat(kept)) for change, kept in zip(self.changes, self.inputs, strict=True) if kept]
+        kept = [(change, torch.cat(rows)) for change, rows in zip(self.changes, self.inputs, strict=True) if rows]
+        seen = [(change, rows.to(self.device)) for change, rows in kept]
         fewest = min(len(rows) for _, rows in seen)
-        delta = reference(self.weight, [change for change, _ in seen], [rows[:fewest] for _, rows in seen], self.loop)
+        delta = reference(
+            self.weight.to(self.device), [change for change, _ in seen], [rows[:fewest] for _, rows in seen], self.loop
+        )
         return decompose(delta)
 
 
