@@ -7,7 +7,8 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr.concept import Concept
-from loraclr.hosts import Cancelled, merge
+from loraclr.hosts import Cancelled
+from loraclr.merging import merge
 from loraclr.methods import combine
 from loraclr.plan import Settings
 from loraclr.result import Merge
