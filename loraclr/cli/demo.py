@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise Refused(f"--pictures {args.pictures} draws nothing: give 1 or more.")
     if args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
+    if args.seed < 0:
+        raise Refused(f"--seed {args.seed} is below 0: give 0 or more.")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,6 +24,7 @@ CORE = (
     'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
     "Pictures of {name} are changed more by {other} than by {name} itself: give {other} a lower weight.",
     "A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.",
+    "What came of it could not be measured in full: the graphics card's memory is full.",
     "{name}.json holds notes of yours and stays as it is, activation text included.",
     "{name} is cut off: {size} bytes of {whole} are there; download or copy it again.",
     "{name} is cut off within its header; download or copy it again.",
