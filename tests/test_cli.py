@@ -148,6 +148,7 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, *OUT, "--method", "ties", "--device", "cpu"], "--device means nothing to --method ties"),
             ([*A, *OUT, "--method", "ties", "--scenes", "2"], "--scenes means nothing to --method ties"),
             ([*A, *OUT, "--scenes", "-1"], "--scenes -1 cannot be drawn"),
+            ([*A, *OUT, "--seed", "-1"], "--seed -1 is below 0: give 0 or more"),
             ([*A, *OUT, "--margin", "0.5"], "--margin means nothing to --method loraclr"),
             ([*A, *OUT, "--method", "reference", "--iterations", "-1"], "--iterations -1 is below 0"),
             ([*A, *OUT, "--density", "0.3"], "--density means nothing to --method loraclr"),
