@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -24,13 +25,21 @@ SHOWN = {
 }  # fmt: skip
 
 
+Colour = tuple[float, ...]
+
+
+def _colours(rows: Sequence[Mapping]) -> dict[str, Colour]:
+    """One colour for each method in all panels, also where another has no such figure; 20 of them, for 20 methods."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return {method: colormaps["tab20"](place % 20) for place, method in enumerate(methods)}
+
+
 def against_count(rows: Sequence[Mapping], path: Path) -> Path:
     """Each figure over N, a line with error bars for each method; the single LoRAs dotted, as in the paper's Fig. 5."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, SHOWN.items(), strict=True):
-        for place, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            # One colour in all panels, also where another method has no such figure; 20 of them, more than methods.
-            _line(axes, [row for row in rows if row["method"] == method], name, colormaps["tab20"](place % 20))
+        for method, colour in _colours(rows).items():
+            _line(axes, [row for row in rows if row["method"] == method], name, colour)
         axes.set(title=title, xlabel="concepts merged", xticks=sorted({row["concepts"] for row in rows}))
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[2].get_legend_handles_labels()  # every method has an identity
@@ -39,7 +48,7 @@ def against_count(rows: Sequence[Mapping], path: Path) -> Path:
     return path
 
 
-def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: tuple[float, ...]) -> None:
+def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: Colour) -> None:
     drawn = sorted((row for row in rows if row[name] is not None), key=lambda row: row["concepts"])
     if not drawn:
         return
@@ -51,21 +60,28 @@ def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: tuple[float, .
 
 
 def against_cost(rows: Sequence[Mapping], path: Path) -> Path:
-    """Identity over seconds of capture and merge, at the largest number of concepts."""
-    most = max(row["concepts"] for row in rows)
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        if row["concepts"] != most or row["identity"] is None or row["capture_s"] is None:
-            continue
-        seconds = row["capture_s"] + row["merge_s"]
-        if seconds > 0:
-            axes.errorbar(seconds, row["identity"], row["identity_se"] or 0.0, marker="o", capsize=2)
-            axes.annotate(row["method"], (seconds, row["identity"]), (5, 4), textcoords="offset points", fontsize=9)
-        elif row["method"] == "single":
-            axes.axhline(row["identity"], linestyle=":", color="0.4", label="single LoRAs")
-    axes.set(xscale="log", xlabel="seconds", ylabel="identity alignment", title=f"{most} concepts")
-    axes.grid(alpha=0.25)
+    """Identity over seconds of capture and merge, a panel for each number of concepts; the single LoRAs dotted."""
+    counts = sorted({row["concepts"] for row in rows})
+    figure = Figure(figsize=(1.5 + 3.2 * len(counts), 4), layout="constrained")
+    every = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    colours = _colours(rows)
+    named: dict[str, Artist] = {}
+    for axes, count in zip(every, counts, strict=True):
+        for row in rows:
+            if row["concepts"] != count or row["identity"] is None or row["capture_s"] is None:
+                continue
+            method, seconds = row["method"], row["capture_s"] + row["merge_s"]
+            if method == "single":
+                named[method] = axes.axhline(row["identity"], linestyle=":", color=colours[method])
+            elif seconds > 0:
+                looks = {"marker": "D" if method.startswith("loraclr") else "o", "linestyle": "none", "capsize": 2}
+                error = row["identity_se"] or 0.0
+                named[method] = axes.errorbar(seconds, row["identity"], error, color=colours[method], **looks)
+        axes.set(xscale="log", xlabel="seconds", title=f"{count} concepts")
+        axes.grid(alpha=0.25)
+    every[0].set_ylabel("identity alignment")
+    shown = [method for method in colours if method in named]
+    figure.legend([named[method] for method in shown], shown, loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=130)
     return path
 
