@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +19,22 @@ FIGURES = {
 }  # fmt: skip
 SHARES = {"top1", "crosstalk", "two_concept", "two_new", "beside", "base_top1"}
 DELTAS = ("identity", "text", "picture")  # also as the mean difference to the single LoRAs, picture by picture
-NOTE = """\
-± is one standard error over pictures. Δ: merged − single, same prompt and noise. identity: the judge's cosine. text:
-background and base-class words obeyed. image: cosine of the judge's features, and pixel: RMS difference, both to the
-single LoRA's picture. cross-talk: another merged concept found. two: two concepts, each in its half; new: of these,
-pairs that the merge has not looked at together. beside: concept and base object. base: no trigger; drift is the RMS
-difference to the base model. picture: cleanness, without the judge (benchmarks/metrics.py)."""
+#: What stands below the table: always, and for each column that is shown.
+NOTE = "± is one standard error over pictures."
+NOTES = {
+    "delta": "Δ: merged − single, same prompt and noise.",
+    "identity": "identity: the judge's cosine.",
+    "text": "text: background and base-class words obeyed.",
+    "image": "image: cosine of the judge's features to the single LoRA's picture.",
+    "pixel": "pixel: RMS difference to the single LoRA's picture.",
+    "crosstalk": "cross-talk: another merged concept found.",
+    "two_concept": "two: two concepts, each in its half.",
+    "two_new": "two, new: of pairs that the merge has not looked at together.",
+    "beside": "beside: concept and base object.",
+    "base_top1": "base: no trigger.",
+    "base_drift": "base drift: RMS difference to the base model, no trigger.",
+    "picture": "picture: cleanness, without the judge (benchmarks/metrics.py).",
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,15 @@ def table(found: Sequence[Mapping], columns: Sequence[str] = COLUMNS) -> Table:
     lines = [[f"{row['concepts']} {row['method']}", *(_cell(row, key) for key in columns)] for row in found]
     refused = [f"{row['concepts']} {row['method']}: {row['refused']}" for row in found if row["refused"]]
     heads = ["", *map(_heading, columns)]
-    return Table("Quality on the miniature", heads, lines, "\n".join([NOTE, *refused]))
+    return Table("Quality on the miniature", heads, lines, "\n".join([_note(columns), *refused]))
+
+
+def _note(columns: Sequence[str]) -> str:
+    """What the columns mean, those that are shown."""
+    shown = {column.removesuffix("_delta") for column in columns}
+    if any(column.endswith("_delta") for column in columns):
+        shown.add("delta")
+    return textwrap.fill(" ".join([NOTE, *(text for name, text in NOTES.items() if name in shown)]), 118)
 
 
 def _heading(key: str) -> str:

@@ -60,6 +60,15 @@ def test_a_stronger_lora_in_its_way(host: ToyHost, concepts: list[Concept]) -> N
     assert reasons(host, concepts, 1) == []
 
 
+def test_a_thorough_merge_is_not_told_to_take_longer(
+    host: ToyHost, concepts: list[Concept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loud = [concepts[0], replace(concepts[1], weight=3.0)]
+    monkeypatch.setattr(Settings, "thorough", True)  # of one that stays as weak as the closed form leaves it
+    notes = merging.merge(host, loud, Settings(speed="closed", steps=3, scenes=0)).notes
+    assert notes and not any(note.startswith("A slower speed") for note in notes)
+
+
 def test_a_merge_tells_of_its_weak_concepts_only(host: ToyHost, concepts: list[Concept]) -> None:
     loud = [concepts[0], replace(concepts[1], weight=3.0)]
     quick = Settings(speed="closed", steps=3, scenes=0)

@@ -200,6 +200,12 @@ class TestRun:
         assert row["identity"] is None and "cannot be made orthogonal" in row["refused"]
         assert "cannot be made orthogonal" in report.text(results.table(list(rows.values())))
 
+    def test_only_what_is_shown_is_explained(self, bench) -> None:
+        _, run = bench
+        note = results.table(run(names=("sum",)), ("identity_delta", "two_concept")).note
+        assert "Δ: merged" in note and "judge's cosine" in note and "each in its half" in note
+        assert "cross-talk" not in note and "not looked at together" not in note
+
     def test_options_are_chosen_on_tuning_prompts_only_and_once(self, bench, monkeypatch: pytest.MonkeyPatch) -> None:
         host, run = bench
         grid = ({"scale": 0.5}, {"scale": 2.0})
