@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from benchmarks.scenes import Plan
 from loraclr import report
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
+from loraclr.objective import Reading
 from loraclr.report import Mean, Table
 from miniature.demo import to_merge
 from miniature.drawing import draw, open_miniature
@@ -42,15 +44,17 @@ def cell(host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, loop
 
 
 def run(
-    host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, iterations: int, rate: float,
+    host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, common: Mapping,
     margins: Sequence[float] = MARGINS, penalties: Sequence[float] = PENALTIES,
 ) -> list[dict]:  # fmt: skip
-    """Every pair of margin and penalty: [{"margin", "penalty", "identity", "identity_se"}]."""
+    """Every pair of margin and penalty: [{"margin", "penalty", "identity", "identity_se"}].
+
+    common: what the loop is told besides, in all cells (fields of `Settings`).
+    """
     pairs = [(margin, penalty) for margin in margins for penalty in penalties]
     cells = []
     for margin, penalty in tqdm(pairs, desc="merging", unit="cell", file=sys.stderr):
-        loop = {"margin": margin, "penalty": penalty, "iterations": iterations, "rate": rate}
-        found = cell(host, judge, count, plan, seed, loop)
+        found = cell(host, judge, count, plan, seed, {"margin": margin, "penalty": penalty, **common})
         cells.append(
             {"margin": margin, "penalty": penalty, "identity": round(found.value, 5), "identity_se": found.error}
         )
@@ -94,12 +98,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--rate", type=float, default=3e-3, help="of learning (default: %(default)s; the authors': 1e-4)"
     )
+    options.add_argument(
+        "--distance",
+        choices=get_args(Reading),
+        default="flat",
+        help="of a concept's features as one long vector, as the authors' code has it, or of each row's "
+        "(default: %(default)s)",
+    )
+    options.add_argument("--margins", type=float, nargs="+", default=MARGINS, help="default: %(default)s")
+    options.add_argument("--penalties", type=float, nargs="+", default=PENALTIES, help="default: %(default)s")
     options.add_argument("--json", type=Path, default=Path("out/margins.json"), help="default: %(default)s")
     options.add_argument("--device", help="cpu, cuda, … (default: the graphics card if there is one)")
     args = options.parse_args(argv)
     quiet()
+    common = {"iterations": args.iterations, "rate": args.rate, "distance": args.distance}
     cells = run(
-        open_miniature(args.device), Judge.load(), args.count, Plan(tune=4), args.seed, args.iterations, args.rate
+        open_miniature(args.device), Judge.load(), args.count, Plan(tune=4), args.seed, common,
+        args.margins, args.penalties,
     )  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ class Method:
 
 def _loop(settings: Settings) -> Loop:
     """The paper's loop as the settings have it."""
-    return Loop(settings.iterations, settings.rate, settings.margin, settings.penalty)
+    return Loop(settings.iterations, settings.rate, settings.margin, settings.penalty, settings.distance)
 
 
 def _on_dense(merge: Callable[[Sequence[Tensor], Layerwise], Tensor]) -> Arithmetic:

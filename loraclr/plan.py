@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from loraclr import prompts, scenes
 from loraclr.concept import Concept
 from loraclr.factor import Rank
 from loraclr.hosts import Host
+from loraclr.objective import Reading
 from loraclr.reading import PROMPTS
 
 Speed = Literal["closed", "fast", "balanced", "best"]
@@ -56,8 +57,8 @@ class Settings:
         reading: weight in the polish of what is learnt from words alone (`loraclr.reading`); 0: nothing is.
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
-        margin, penalty, iterations, rate: m, λ, steps and learning rate of the paper's own loop, for the method
-            reference only; the defaults are the paper's.
+        margin, penalty, distance, iterations, rate: m, λ, the reading of the distance (`loraclr.objective`), steps and
+            learning rate of the paper's own loop, for the method reference only; the defaults are the paper's.
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
         batch: pictures drawn at a time.
@@ -81,6 +82,7 @@ class Settings:
     ridge: float = 1e-3
     margin: float = 0.5
     penalty: float = 1e-3
+    distance: Reading = "flat"
     iterations: int = 50
     rate: float = 1e-4
     steps: int = 16
@@ -94,6 +96,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.neutral_prompts:
             raise ValueError("neutral_prompts is empty: give one prompt at least; with neutral=0 it has no weight.")
+        if self.distance not in get_args(Reading):
+            raise ValueError(f"There is no distance {self.distance}: choose {' or '.join(get_args(Reading))}.")
         if self.seed < 0:  # a webui draws a number of its own for it each time
             raise ValueError(f"The seed {self.seed} is below 0: give 0 or more.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
-from loraclr import blocks, methods
+from loraclr import blocks, methods, objective
 from loraclr.baselines import arithmetic, fitting
 from loraclr.concept import Concept
 from loraclr.factor import decompose
@@ -267,6 +268,20 @@ class TestReference:
         # AdamW's first step is the rate times the sign of the gradient; the best of two losses is after that step.
         torch.testing.assert_close(delta, -1e-3 * variable.grad.sign(), rtol=1e-3, atol=1e-6)
 
+    def test_the_distance_is_of_the_whole_features_or_of_each_row(self) -> None:
+        changes = [(0.1 * up, down) for up, down in some()]
+        weight, inputs = random(7, 9, seed=99), [x.float() for x in inputs_of(changes)]
+        targets = [x @ (weight + up @ down).T for x, (up, down) in zip(inputs, changes, strict=True)]
+        steps = {}
+        for distance in get_args(objective.Reading):
+            loop = fitting.Loop(steps=2, rate=1e-3, margin=9.0, penalty=0.0, distance=distance, mse=0.0, decay=0.0)
+            steps[distance] = fitting.reference(weight, changes, inputs, loop)
+            variable = torch.zeros_like(weight).requires_grad_()
+            guesses = [x @ (weight + variable).T for x in inputs]
+            objective.contrastive(targets, guesses, 9.0, distance).backward()
+            torch.testing.assert_close(steps[distance], -1e-3 * variable.grad.sign(), rtol=1e-3, atol=1e-6)
+        assert not torch.equal(*steps.values())
+
     def test_run_to_convergence_it_reaches_the_closed_form(self) -> None:
         changes = [(0.1 * up, down) for up, down in some()]
         weight, inputs = random(7, 9, seed=99), [x.float() for x in inputs_of(changes)]
@@ -314,8 +329,11 @@ class TestOnTheModel:
             return torch.zeros_like(weight)
 
         monkeypatch.setattr(fitting, "reference", watched)
-        methods.merge(host, concepts, "reference", Settings(margin=1.0, penalty=0.0, iterations=7, rate=0.5))
-        assert set(loops) == {fitting.Loop(steps=7, rate=0.5, margin=1.0, penalty=0.0)}
+        told = Settings(margin=1.0, penalty=0.0, distance="token", iterations=7, rate=0.5)
+        methods.merge(host, concepts, "reference", told)
+        assert set(loops) == {fitting.Loop(steps=7, rate=0.5, margin=1.0, penalty=0.0, distance="token")}
+        with pytest.raises(ValueError, match="There is no distance far: choose flat or token"):
+            Settings(distance="far")
         loops.clear()
         methods.merge(host, concepts, "reference")
         assert set(loops) == {fitting.Loop()}  # the authors' own

@@ -151,6 +151,8 @@ class TestRefusedBeforeAnythingIsLoaded:
             ([*A, *OUT, "--seed", "-1"], "--seed -1 is below 0: give 0 or more"),
             ([*A, *OUT, "--margin", "0.5"], "--margin means nothing to --method loraclr"),
             ([*A, *OUT, "--method", "reference", "--iterations", "-1"], "--iterations -1 is below 0"),
+            ([*A, *OUT, "--method", "reference", "--distance", "far"], "invalid distance (flat or token) value: 'far'"),
+            ([*A, *OUT, "--distance", "token"], "--distance means nothing to --method loraclr"),
             ([*A, *OUT, "--density", "0.3"], "--density means nothing to --method loraclr"),
             ([*A, *OUT, "--method", "sum", "--density", "0.3"], "--density means nothing to --method sum"),
             ([*A, *OUT, "--method", "ties", "--density", "0"], "invalid share above 0 and up to 1 value: '0'"),

@@ -349,8 +349,8 @@ class TestMargins:
             return contenders.single(host, concepts, seed, options)
 
         monkeypatch.setattr(margins, "reference", loop)
-        cells = margins.run(bench[0], Judge.load(), 2, TINY, 0, 7, 0.5, (0.0, 1.0), (0.1,))
-        assert told == [{"margin": m, "penalty": 0.1, "iterations": 7, "rate": 0.5} for m in (0.0, 1.0)]
+        cells = margins.run(bench[0], Judge.load(), 2, TINY, 0, {"iterations": 7}, (0.0, 1.0), (0.1,))
+        assert told == [{"margin": m, "penalty": 0.1, "iterations": 7} for m in (0.0, 1.0)]
         assert [(one["margin"], one["penalty"]) for one in cells] == [(0.0, 0.1), (1.0, 0.1)]
         lines = report.text(margins.table(cells, 2))
         assert "m = 1" in lines and f"{cells[1]['identity']:.3f}" in lines

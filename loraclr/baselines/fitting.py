@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr.factor import decompose
-from loraclr.objective import contrastive, delta_penalty
+from loraclr.objective import Reading, contrastive, delta_penalty
 from loraclr.precision import in_float64
 from loraclr.solve import Factors, Statistics, width
 
@@ -78,6 +78,7 @@ class Loop:
     """Settings of the reference loop; the defaults are those of the code that its authors published.
 
     Attributes:
+        distance: of what (`loraclr.objective`): a concept's whole features, or each of their rows.
         mse: weight of the mean squared error that the code adds to the paper's loss.
         rows: inputs kept for each concept and call of a layer, which the code does not limit.
     """
@@ -86,6 +87,7 @@ class Loop:
     rate: float = 1e-4
     margin: float = 0.5
     penalty: float = 1e-3
+    distance: Reading = "flat"
     mse: float = 0.1
     decay: float = 1e-4
     rows: int = 32
@@ -94,9 +96,8 @@ class Loop:
 def reference(weight: Tensor, changes: Sequence[Factors], inputs: Sequence[Tensor], loop: Loop) -> Tensor:
     """LoRACLR's own optimisation of one layer (CVPR 2025, Eq. 1-5): AdamW on a dense ΔW from 0, the best kept.
 
-    weight: W (o, d); changes: ΔW_i as factors; inputs: X_i (n, d), as many for every concept. Distances are over a
-    concept's whole features ("flat" in `loraclr.objective`), as the authors' code has them; it runs in float16 under
-    autocast, this in float32. Returns ΔW (o, d).
+    weight: W (o, d); changes: ΔW_i as factors; inputs: X_i (n, d), as many for every concept. The authors' code
+    runs in float16 under autocast, this in float32. Returns ΔW (o, d).
     """
     targets = [x @ weight.T + x @ down.T @ up.T for x, (up, down) in zip(inputs, changes, strict=True)]
     delta = torch.zeros_like(weight).requires_grad_()
@@ -106,7 +107,7 @@ def reference(weight: Tensor, changes: Sequence[Factors], inputs: Sequence[Tenso
         with torch.enable_grad():
             predictions = [x @ (weight + delta).T for x in inputs]
             error = torch.stack(predictions) - torch.stack(targets)
-            loss = contrastive(targets, predictions, loop.margin, "flat") + delta_penalty(delta, loop.penalty)
+            loss = contrastive(targets, predictions, loop.margin, loop.distance) + delta_penalty(delta, loop.penalty)
             loss = loss + loop.mse * error.square().mean()
         if loss.item() < lowest:
             best, lowest = delta.detach().clone(), loss.item()

@@ -137,18 +137,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="learn also from N pictures of two concepts for each LoRA, drawn by both (loraclr; default: 2)",
     )
     for name, (kind, what) in LOOP.items():
-        how.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what}, of reference")
+        how.add_argument(f"--{name}", type=kind, metavar=name[0].upper(), help=f"{what}, of reference")
     how.add_argument("--seed", type=int, default=0, help="default: 0")
     how.add_argument("--device", help="cpu, cuda, cuda:1, … (default: the graphics card if there is one)")
-
-
-#: The settings of the paper's own loop.
-LOOP = {
-    "margin": (float, "the paper's m (default: 0.5)"),
-    "penalty": (float, "the paper's λ (default: 0.001)"),
-    "iterations": (int, "steps for each layer (default: 50)"),
-    "rate": (float, "learning rate (default: 0.0001)"),
-}
 
 
 def _rank(text: str) -> int | str:
@@ -163,9 +154,27 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _distance(text: str) -> str:
+    if text not in ("flat", "token"):
+        raise ValueError
+    return text
+
+
 # argparse: "invalid positive whole number value: '0'"
 _rank.__name__ = "positive whole number"
+_distance.__name__ = "distance (flat or token)"
 _share.__name__ = "share above 0 and up to 1"
+
+
+#: The settings of the paper's own loop.
+LOOP = {
+    "margin": (float, "the paper's m (default: 0.5)"),
+    "penalty": (float, "the paper's λ (default: 0.001)"),
+    "distance": (_distance, "flat: of a concept's features as one long vector, as in the paper's code (default), or "
+                 "token: of each token's"),
+    "iterations": (int, "steps for each layer (default: 50)"),
+    "rate": (float, "learning rate (default: 0.0001)"),
+}  # fmt: skip
 
 
 def offered() -> list[Method]:
@@ -319,7 +328,7 @@ def check_options(args: argparse.Namespace, method: Method, told: Recipe | None 
     if args.scenes is not None and args.scenes < 0:
         raise Refused(f"--scenes {args.scenes} cannot be drawn: give 0 or more.")
     for name in ("seed", *LOOP):
-        if (value := getattr(args, name)) is not None and value < 0:
+        if isinstance(value := getattr(args, name), (int, float)) and value < 0:
             raise Refused(f"--{name} {value:g} is below 0: give 0 or more.")
     if method.needs_model and args.checkpoint is None and args.server is None:
         known = f" ({told.checkpoint.name})" if told and told.checkpoint else ""

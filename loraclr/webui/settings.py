@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
 from loraclr import prompts
 from loraclr.factor import Rank
 from loraclr.methods import METHODS
+from loraclr.objective import Reading
 from loraclr.plan import Settings
 from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
@@ -27,7 +28,8 @@ LIMITS = {
 #: The components in the order of `Form.fields`, which is that of the arguments of `read`.
 FIELDS = (
     "speed", "rank", "method", "draw", "against_sum", "neutral", "kept", "closed", "scenes", "steps", "size",
-    "guidance", "density", "ridge", "seed", "margin", "penalty", "iterations", "rate", "plain", "separate",
+    "guidance", "density", "ridge", "seed", "margin", "penalty", "iterations", "rate", "distance", "plain",
+    "separate",
 )  # fmt: skip
 
 
@@ -164,7 +166,11 @@ def _loop() -> list[Any]:
             USUAL.rate, label="Learning rate of reference", elem_id="loraclr_rate",
             info="The paper has 0.0001; with it 50 steps move little.",
         )  # fmt: skip
-    return [margin, penalty, iterations, rate]
+    distance = gr.Radio(
+        get_args(Reading), value=USUAL.distance, label="Distance of reference", elem_id="loraclr_distance",
+        info="flat: of a concept's outputs as one long vector, as in the paper's code. token: of each token alone.",
+    )  # fmt: skip
+    return [margin, penalty, iterations, rate, distance]
 
 
 def read(
@@ -187,6 +193,7 @@ def read(
     penalty: float | None,
     iterations: float | None,
     rate: float | None,
+    distance: str,
     plain: bool,
     separate: bool,
 ) -> dict[str, Any]:
@@ -221,6 +228,7 @@ def read(
         size=int(size) or None,
         neutral_prompts=lines,
         seed=seed_of(seed),
+        distance=distance,
         **{**loop, "iterations": int(iterations)},
     )
     return {

@@ -19,7 +19,8 @@ def title(name: str) -> str:
         "size": say("Picture size looked at"), "tokens": say("Places of a picture that are counted"),
         "batch": say("Pictures drawn at a time"), "neutral_prompts": say("Prompts to keep as they are"),
         "margin": say("Margin m of reference"), "penalty": say("Penalty λ of reference"),
-        "iterations": say("Iterations of reference"), "rate": say("Learning rate of reference"),
+        "distance": say("Distance of reference"), "iterations": say("Iterations of reference"),
+        "rate": say("Learning rate of reference"),
         "density": say("Density"), "scale": say("Scale"), "seed": say("Seed of the merge"),
     }  # fmt: skip
     return words.get(name, name.replace("_", " "))
