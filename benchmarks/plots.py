@@ -86,26 +86,26 @@ def against_cost(rows: Sequence[Mapping], path: Path) -> Path:
     return path
 
 
-def grid(rows: Sequence[Mapping], strips: Path, path: Path, seed: int = 0) -> Path:
-    """The first picture of each concept, a row for each method, at the largest number of concepts.
+def grid(rows: Sequence[Mapping], strips: Path, path: Path, count: int | None = None, seed: int = 0) -> Path:
+    """The first picture of each concept, a row for each method, of `count` concepts, None for the largest number.
 
     strips: the folder in which `benchmarks.quality` keeps its pictures. All rows of a column share prompt and noise.
     """
-    most = max(row["concepts"] for row in rows)
-    methods = [row["method"] for row in rows if row["concepts"] == most]
-    known = [(m, strips / f"{most}-{seed}-{m}-concepts.png") for m in methods]
+    count = count or max(row["concepts"] for row in rows)
+    methods = [row["method"] for row in rows if row["concepts"] == count]
+    known = [(m, strips / f"{count}-{seed}-{m}-concepts.png") for m in methods]
     known = [(method, strip) for method, strip in known if strip.exists()]
     if not known:
-        raise FileNotFoundError(f"{strips} holds no pictures of {most} concepts: give the folder of this result.")
+        raise FileNotFoundError(f"{strips} holds no pictures of {count} concepts: give the folder of this result.")
     with Image.open(known[0][1]) as first:
-        side, each = first.height, first.width // first.height // most
+        side, each = first.height, first.width // first.height // count
     margin = 150
-    sheet = Image.new("RGB", (margin + most * side, len(known) * side), (255, 255, 255))
+    sheet = Image.new("RGB", (margin + count * side, len(known) * side), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for row, (method, strip) in enumerate(known):
         pen.text((6, row * side + side // 2 - 8), method, (40, 40, 50), ImageFont.load_default(15))
         with Image.open(strip) as pictures:
-            for column in range(most):
+            for column in range(count):
                 left = column * each * side
                 sheet.paste(pictures.crop((left, 0, left + side, side)), (margin + column * side, row * side))
     sheet.save(path)
@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("json", type=Path, help="what benchmarks.quality has written")
     options.add_argument("folder", type=Path, help="where the plots go")
     options.add_argument("--pictures", type=Path, help="folder of its pictures, for the grid")
+    options.add_argument("--count", type=int, help="concepts in the grid (default: the most there are)")
+    options.add_argument("--seed", type=int, default=0, help="of the grid's set of concepts (default: %(default)s)")
     args = options.parse_args(argv)
     rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
     rows = [row for row in rows if row["method"] not in ON_REQUEST]
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for plot in (against_count, against_cost):
         print(plot(rows, args.folder / f"{plot.__name__.replace('_', '-')}.png"))
     if args.pictures:
-        print(grid(rows, args.pictures, args.folder / "grid.png"))
+        print(grid(rows, args.pictures, args.folder / "grid.png", args.count, args.seed))
 
 
 if __name__ == "__main__":

@@ -318,15 +318,16 @@ def test_a_method_has_one_colour_in_every_panel(tmp_path: Path, monkeypatch: pyt
     assert all(len(found) == 1 for found in colours.values())
 
 
-def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("others", "told", "seed"), [([], (), 0), ([4], (2, 1), 1)])
+def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path, others, told, seed) -> None:
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
-    rows = [{"concepts": 2, "method": method} for method in ("single", "sum", "refused")]
+    rows = [{"concepts": n, "method": method} for n in (2, *others) for method in ("single", "sum", "refused")]
     for level, method in ((50, "single"), (100, "sum")):
         strip = Image.new("L", (8 * 4, 8), 0)  # two concepts, two pictures of each
         for place in range(4):
             strip.paste(level + place, (8 * place, 0, 8 * place + 8, 8))
-        strip.convert("RGB").save(tmp_path / f"2-0-{method}-concepts.png")
-    with Image.open(plots.grid(rows, tmp_path, tmp_path / "grid.png")) as grid:
+        strip.convert("RGB").save(tmp_path / f"2-{seed}-{method}-concepts.png")
+    with Image.open(plots.grid(rows, tmp_path, tmp_path / "grid.png", *told)) as grid:
         assert grid.size == (150 + 16, 16)
         found = [[grid.getpixel((x, y))[0] for x in (154, 162)] for y in (4, 12)]
     assert found == [[50, 52], [100, 102]]
