@@ -312,7 +312,7 @@ class _Run:
                     self.host, self.modules, self.concepts, self.asked[:-1], place, self.teachers.held[place]
                 )
         weak = any(1 - share < diagnosis.WEAK for share in left[:-1])
-        # Best is not clearly nearer than Balanced (docs/method.md), so a balanced merge is not told to take longer.
+        # Best is not clearly nearer than Balanced (README), so a balanced merge is not told to take longer.
         if weak and self.fit is by_closed_form and not self.settings.thorough:
             found.append("A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.")
         return found

@@ -251,6 +251,7 @@ def written(method: str, told: Mapping[str, Any]) -> list[Any]:
         "separate": False,
         "against_sum": False,
         "method": method if method in METHODS else "loraclr",
+        "distance": known["distance"] if known["distance"] in get_args(Reading) else USUAL.distance,
         "closed": speed == "closed",
         "size": known["size"] or 0,
         "density": told.get("density", 0.5),
