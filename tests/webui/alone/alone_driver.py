@@ -22,6 +22,12 @@ REPOSITORY = Path(__file__).parents[3]
 USER = "someone:secret"
 
 
+def environment_of(gradio: Path) -> dict[str, str]:
+    """Variables of a process that finds this version of gradio, and the package."""
+    path = os.pathsep.join([str(gradio), str(REPOSITORY)])
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 class Alone:
     """A running `python -m loraclr ui`, with what `Tab` and the tests need of it.
 
@@ -43,8 +49,7 @@ class Alone:
         self.address = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "loraclr", "ui", "--checkpoint", str(model), "--port", str(self.port)]
         command += ["--api-auth", USER, "--device", "cpu", *more]
-        path = os.pathsep.join([str(gradio), str(REPOSITORY)])
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = environment_of(gradio)
         self.log = data / "log"
         since = time.monotonic()
         with open(self.log, "wb") as log:

@@ -19,12 +19,18 @@ VERSIONS = ("3.41", "4.40")
 
 
 @pytest.fixture(scope="session", params=VERSIONS, ids=lambda version: f"gradio{version}")
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
+def gradio(request: pytest.FixtureRequest) -> Path:
+    """The folder of each version of gradio."""
+    folder = FOLDERS / f"gradio-{request.param}"
+    if not (folder / "gradio").is_dir():
+        pytest.skip(f"gradio {request.param} is not in {folder}: make test-ui sets it up")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(gradio: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Alone]:
     """The page by each version of gradio."""
-    gradio = FOLDERS / f"gradio-{request.param}"
-    if not (gradio / "gradio").is_dir():
-        pytest.skip(f"gradio {request.param} is not in {gradio}: make test-ui sets it up")
-    running = Alone(gradio, tmp_path_factory.mktemp(f"gradio-{request.param}"))
+    running = Alone(gradio, tmp_path_factory.mktemp(gradio.name))
     try:
         yield running
         assert running.stop() == 0, running.tail()
