@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from loraclr.plan import Settings
 from loraclr.polish import Look, missed, polish
 from loraclr.reading import PROMPTS, Reading, practise
 from loraclr.result import Merge, begun
-from loraclr.solve import Factors, NormStatistics, Statistics, width
+from loraclr.solve import Factors, NormStatistics, NotFinite, Statistics, width
 from loraclr.teachers import Teachers
 from loraclr.whitening import Whitening, whitening
 
@@ -101,7 +102,8 @@ def merge(
 
 def cares(left: Sequence[float], power: float) -> list[float]:
     """How much is to be learnt of each concept, 1 on average: by a power of the share of its effect that is missed."""
-    powers = [max(share, 0.0) ** power for share in left]
+    # NaN: the model overflowed in half precision there.
+    powers = [1.0 if math.isnan(share) else max(share, 0.0) ** power for share in left]
     whole = sum(powers)
     return [one * len(left) / whole if whole else 1.0 for one in powers]
 
@@ -251,7 +253,13 @@ class _Run:
         self.tick(stage)
         whitenings: dict[int, Whitening] = {}  # by Gram matrix: layers that read the same share one
         for name, statistics in self.statistics.items():
-            up, down = statistics.solve(self.settings.ridge)
+            try:
+                up, down = statistics.solve(self.settings.ridge)
+            except NotFinite as error:
+                raise ValueError(
+                    f"What {name} is fed with holds NaN or infinite values: run the model in float32 "
+                    "(the webui: --no-half), or leave out the LoRA whose own pictures come out black."
+                ) from error
             if isinstance(statistics, NormStatistics):
                 pass  # has no rank
             elif self.settings.rank is not None:
@@ -297,8 +305,10 @@ class _Run:
                 Look(plan.looks(concepts, settings), at),
             )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, teachers.held, self.rows)
-        if sum(after[:-1]) > sum(before[:-1]):
-            self.merged = closed  # so few steps may lead away: what they began with is better
+        if not sum(after[:-1]) <= sum(before[:-1]):
+            self.merged = (
+                closed  # so few steps may lead away, or half precision overflow: what they began with is better
+            )
             return before, before
         self.merged = norms | factors
         return before, after

@@ -133,7 +133,7 @@ def polish(
         picked = [own[int(torch.randint(len(own), (1,), generator=generator))] for own in each]
         rows = [tuple(Row(b, entry) for entry in unit) for b, unit in zip(chosen, picked, strict=True)]
         lesson = reading.lesson() if reading else None
-        if lesson and not effect:
+        if lesson and not 0.0 < effect < math.inf:
             effect = _effect(host, banks, [row for unit in rows for row in unit], at_once)
         # The hooks stay for the way back, on which a host may compute parts again.
         live = trained.live()

@@ -18,6 +18,10 @@ from loraclr.precision import in_float64, without_autocast
 Factors = tuple[Tensor, Tensor]
 
 
+class NotFinite(ValueError):
+    """A layer was fed with NaN or infinite values, as models in half precision may be."""
+
+
 class Statistics:
     """Running sums over the inputs of one layer.
 
@@ -143,6 +147,10 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² + λ‖ΔW‖²; the rows A_i G_i give its right factor, the B_i being the left. Solved in float64
     by Cholesky. Where G + λI is not positive definite in float64, λ grows tenfold until it is. An empty or zero G gives
     zeros.
+
+    Raises:
+        NotFinite: G holds NaN or infinite values.
+        ValueError: ridge is negative.
     """
     if ridge < 0:
         raise ValueError(f"ridge is {ridge}, but must not be negative")
@@ -153,7 +161,7 @@ def closed_form(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     if mean == 0.0:
         return torch.zeros_like(cross)
     if not torch.isfinite(system).all() or mean < 0.0:
-        raise ValueError("the layer's inputs hold NaN or infinite values")
+        raise NotFinite("the layer's inputs hold NaN or infinite values")
     share = ridge
     system.diagonal().add_(share * mean)
     factor, failed = torch.linalg.cholesky_ex(system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from loraclr.blocks import block_weights
 from loraclr.capture import applied, changes_of
 from loraclr.concept import Concept
 from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
-from loraclr.hosts import Cancelled
+from loraclr.hosts import Cancelled, Context
 from loraclr.lora import Layer, LoRA
 from loraclr.merging import _Run, by_closed_form, cares, merge
 from loraclr.plan import POLISH_STEPS, Settings, work
@@ -214,14 +215,15 @@ def test_many_concepts_are_each_learnt_from_as_often_as_few() -> None:
     assert [Settings("closed").polish_steps(count) for count in (2, 12)] == [0, 0]
 
 
-def test_a_polish_that_leads_away_changes_nothing(monkeypatch) -> None:
+@pytest.mark.parametrize("factor", [3.0, math.nan])
+def test_a_polish_that_leads_away_changes_nothing(factor: float, monkeypatch) -> None:
     host = ToyHost()
     concepts = [Concept(toy_lora(host, name, seed), name) for name, seed in (("sks", 1), ("zyk", 2))]
     settings = Settings(steps=4, scenes=0)
     closed = merge(host, concepts, replace(settings, speed="closed"))
 
     def away(_host, _modules, merged, *_):
-        return {name: (3 * up, down) for name, (up, down) in merged.items()}
+        return {name: (factor * up, down) for name, (up, down) in merged.items()}
 
     monkeypatch.setattr("loraclr.merging.polish", away)
     result = merge(host, concepts, settings)
@@ -304,6 +306,17 @@ def test_of_what_is_missed_more_the_polish_learns_more() -> None:
     assert cares([0.2, 0.2, 0.2], 0.5) == pytest.approx([1, 1, 1])
     assert cares([0.04, 0.36], 0.5) == pytest.approx([0.5, 1.5])
     assert cares([0.0, 0.0], 0.5) == cares([0.1, 0.9], 0.0) == [1, 1] and cares([0.0, 0.1], 0.5) == [0, 2]
+    assert all(map(math.isfinite, cares([math.nan, 0.25], 0.5)))
+
+
+def test_a_model_that_overflows_is_named_with_the_layer_and_what_to_do() -> None:
+    class Broken(ToyHost):
+        def predict(self, x: torch.Tensor, t: torch.Tensor, context: Context) -> torch.Tensor:
+            return super().predict(x * torch.nan, t, context)
+
+    with pytest.raises(ValueError, match=r"What lora_unet_\w+ is fed with holds NaN .* --no-half"):
+        merge(host := Broken(), [Concept(toy_lora(host, "a", 1), "sks")], Settings(speed="fast", steps=3))
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in host.layers().values())
 
 
 @pytest.mark.parametrize("when", [0.05, 0.5, 0.9])

@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
         given = {name: getattr(args, name) for name in ("scenes", *LOOP) if getattr(args, name) is not None}
         asked = replace(asked, **given)
         settings = told.settings if told else asked
-        with Line() as line:
+        with Line() as line, refusing():
             merge = methods.merge(host, concepts, method.name, settings, line)
             if not args.no_preview and preview.wanted(args.output):
                 line("Drawing a picture for its card", 1.0, None)
