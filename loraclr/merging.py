@@ -306,9 +306,7 @@ class _Run:
             )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, teachers.held, self.rows)
         if not sum(after[:-1]) <= sum(before[:-1]):
-            self.merged = (
-                closed  # so few steps may lead away, or half precision overflow: what they began with is better
-            )
+            self.merged = closed  # so few steps may lead away, or overflow: what they began with is better
             return before, before
         self.merged = norms | factors
         return before, after
