@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from loraclr import methods, plan
 from loraclr.blocks import block_weights
-from loraclr.changes import Changes, changes_of
+from loraclr.changes import Changes
 from loraclr.concept import Concept
 from loraclr.hosts import Host
-from loraclr.lora import LoRA
 from loraclr.methods import Options
 from loraclr.plan import Settings
 from loraclr.result import Merge
@@ -62,11 +61,8 @@ def base(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -
 
 def single(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
     """Each LoRA alone: what a merge is made of."""
-    return Entry([_own(concept) for concept in concepts], None)
-
-
-def _own(concept: Concept) -> Changes:
-    return concept.changes()
+    layers = host.layers()
+    return Entry([concept.changes(layers) for concept in concepts], None)
 
 
 def by_weights(method: str) -> Run:
@@ -76,7 +72,7 @@ def by_weights(method: str) -> Run:
         rank = None if method == "svd" else EVERY
         # concat keeps all by itself, and says so if it is given a rank.
         settings = Options(**{"rank": None if method == "concat" else rank, "seed": seed, **options})
-        return _entry(methods.combine(concepts, method, settings), options)
+        return _entry(methods.combine(concepts, method, settings, modules=host.layers()), options)
 
     return run
 
@@ -85,7 +81,8 @@ def by_blocks(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
     """The sum with a weight per block, the same for every LoRA: `options` are "blocks" and "scale"."""
     weights = block_weights(options.get("blocks", "BASE=1"))
     asked = [replace(concept, blocks=weights) for concept in concepts]
-    return _entry(methods.combine(asked, "sum", Options(rank=EVERY, scale=options.get("scale", 1.0))), options)
+    told = Options(rank=EVERY, scale=options.get("scale", 1.0))
+    return _entry(methods.combine(asked, "sum", told, modules=host.layers()), options)
 
 
 def on_model(method: str, **settings) -> Run:
@@ -107,7 +104,7 @@ def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
 
 
 def _entry(merge: Merge, options: Mapping) -> Entry:
-    changes = changes_of(LoRA("merged", None, merge.family, merge.layers))
+    changes = merge.changes()
     capture = merge.seconds.get("capture", 0.0)
     return Entry([changes] * len(merge.concepts), changes, capture, sum(merge.seconds.values()) - capture, options)
 

@@ -22,7 +22,7 @@ from benchmarks.scenes import Plan
 from loraclr import report
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
-from loraclr.objective import Reading
+from loraclr.objective import Distance
 from loraclr.report import Mean, Table
 from miniature.demo import to_merge
 from miniature.drawing import draw, open_miniature
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument(
         "--distance",
-        choices=get_args(Reading),
+        choices=get_args(Distance),
         default="flat",
         help="of a concept's features as one long vector, as the authors' code has it, or of each row's "
         "(default: %(default)s)",

@@ -27,7 +27,7 @@ from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
 from benchmarks.results import COLUMNS, Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
 from loraclr import report
-from loraclr.capture import Changes
+from loraclr.changes import Changes
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
 from miniature.demo import to_merge

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from benchmarks.contenders import CONTENDERS, Entry
 from benchmarks.similarity import CLIP, Clip, Faces
 from loraclr import files, report
-from loraclr.capture import Changes, applied
+from loraclr.capture import applied
+from loraclr.changes import Changes
 from loraclr.cli import quiet
 from loraclr.concept import Concept, check
 from loraclr.hosts.standalone import Standalone, open_checkpoint

@@ -19,7 +19,8 @@ import loraclr
 from benchmarks import metrics
 from benchmarks.scenes import REPORTING, REPORTING_NOISE
 from loraclr import report
-from loraclr.capture import Bank, applied, filing
+from loraclr.bank import Bank, filing
+from loraclr.capture import applied
 from loraclr.changes import Changes, changes_of, layer_of
 from loraclr.cli import quiet
 from loraclr.factor import truncate
@@ -148,7 +149,7 @@ def tried(
         lora = member.spoil(host, concept.lora, concept.trigger) if member.spoil else concept.lora
         asked.append(replace(concept, lora=lora, weight=member.weight))
     merge = loraclr.merge(host, asked, settings)
-    merged = changes_of(LoRA("merged", None, merge.family, merge.layers))
+    merged = merge.changes()
 
     def seen(place: int, changes: Changes) -> Seen:
         concept = CONCEPT[members[place].name]

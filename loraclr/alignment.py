@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraclr.capture import NORMS, Bank, Changes, applied, is_cross_kv, is_text, observed
+from loraclr.bank import Bank
+from loraclr.capture import NORMS, applied, is_cross_kv, observed
+from loraclr.changes import Changes, is_text, through
 from loraclr.hosts import Host
 from loraclr.precision import without_autocast
 from loraclr.solve import Factors
@@ -72,9 +73,6 @@ def output(change: Factors | None, rows: Tensor) -> Tensor | None:
     """What a change adds to a layer's output for rows (..., d), in float32; None if there is none."""
     if change is None:
         return None
-    up, down = (factor.to(rows.device, torch.float32) for factor in change)
-    rows, more = rows.float(), down.shape[1] - rows.shape[-1]
-    if more:  # the 1 that a bias is multiplied by
-        rows = F.pad(rows, (0, more), value=1.0)
+    factors = tuple(factor.to(rows.device, torch.float32) for factor in change)
     with without_autocast(rows.device):
-        return rows @ down.T @ up.T
+        return through(rows.float(), factors)

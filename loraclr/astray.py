@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from loraclr.capture import Bank
+from loraclr.bank import Bank
 from loraclr.hosts import Host
 
 
@@ -50,7 +50,7 @@ def astray(
 
 @torch.no_grad()
 def answer(host: Host, bank: Bank, batch: int, tick: Callable[[int], object]) -> None:
-    """Put what the host predicts now in place of a bank's predictions, `batch` states with two prompts at a time."""
+    """Put what the host predicts now in place of a bank's predictions, twice `batch` entries at a time."""
     contexts = host.encode(bank.prompts)
     for begin in range(0, len(bank), 2 * batch):
         rows = slice(begin, begin + 2 * batch)

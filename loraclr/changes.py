@@ -89,3 +89,9 @@ def layer_of(factors: Factors, shape: Sequence[int]) -> Layer | Norm:
     bias = up @ down[:, inputs] if down.shape[1] > inputs else None
     kernel = tuple(shape[2:])
     return Layer(up, down[:, :inputs], float(up.shape[1]), bool(kernel), kernel or (1, 1), bias=bias)
+
+
+def through(x: Tensor, change: Factors) -> Tensor:
+    """What a change adds to a layer's output for inputs x (..., d); a change of bias is one more input, always 1."""
+    up, down = change
+    return F.linear(F.linear(F.pad(x, (0, down.shape[1] - x.shape[-1]), value=1.0), down), up)

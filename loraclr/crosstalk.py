@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from loraclr.capture import Bank, Changes, applied
+from loraclr.bank import Bank
+from loraclr.capture import applied
+from loraclr.changes import Changes
 from loraclr.hosts import Host
 from loraclr.precision import in_float64
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr.alignment import KINDS, kind, output
-from loraclr.capture import Changes
+from loraclr.changes import Changes
 from loraclr.objective import contrastive, delta_penalty, negative_distances
 from loraclr.precision import in_float64
 from loraclr.solve import Factors

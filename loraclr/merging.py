@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from loraclr import capture, diagnosis, hinge, memory, plan
 from loraclr.alignment import alignment
-from loraclr.capture import NORMS, Bank
-from loraclr.changes import Changes, aligned, layer_of
+from loraclr.bank import Bank
+from loraclr.capture import NORMS
+from loraclr.changes import Changes, aligned, is_text, layer_of
 from loraclr.concept import Concept, check
 from loraclr.factor import kept, truncate
 from loraclr.formats import Norm
@@ -24,12 +25,12 @@ from loraclr.plan import Settings
 from loraclr.polish import Look, missed, polish
 from loraclr.reading import PROMPTS, Reading, practise
 from loraclr.result import Merge, begun
-from loraclr.solve import Factors, NormStatistics, NotFinite, Statistics, width
+from loraclr.solve import Factors, LayerFit, NormStatistics, NotFinite, Statistics, width
 from loraclr.teachers import Teachers
 from loraclr.whitening import Whitening, whitening
 
-#: (layer name, module, the concepts' changes of it, device) → what counts the layer's inputs and solves it.
-Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], Statistics]
+#: (layer name, module, the concepts' changes of it, device) → what fits the layer.
+Fit = Callable[[str, nn.Module, Sequence[Factors | None], torch.device], LayerFit]
 
 #: Stage in words, share of the whole work done (0 to 1), seconds left (None: not known yet). May raise Cancelled.
 Progress = Callable[[str, float, float | None], None]
@@ -67,7 +68,7 @@ def merge(
     settings = settings or Settings()
     check(host, concepts)
     result = begun(concepts, settings, folded=True)
-    concepts = result.concepts
+    result.checkpoint, concepts = host.checkpoint, result.concepts
     memory.begin(host.device)
     with host.session(), ExitStack() as stack:
         run = _Run(host, concepts, settings, progress, fit)
@@ -91,7 +92,7 @@ def merge(
         result.layers, result.kept = run.layers(), run.kept
         try:
             result.notes += run.reasons(polished)
-            result.alignment, result.objective = run.alignment()
+            result.alignment, result.objective = run.measured()
         except torch.cuda.OutOfMemoryError:  # a merge that is done is worth more than figures about it
             result.notes.append("What came of it could not be measured in full: the graphics card's memory is full.")
     result.memory = memory.peaks(host.device)
@@ -130,7 +131,7 @@ class _Run:
         self.size = self.teachers.size
         self.rows = plan.rows(self.size)
         self.generator = torch.Generator().manual_seed(settings.seed)
-        self.statistics: dict[str, Statistics | NormStatistics] = {}
+        self.statistics: dict[str, LayerFit] = {}
         self.inputs: dict[str, int] = {}
         self.merged: dict[str, tuple[Tensor, Tensor]] = {}
         self.kept: dict[str, float] = {}  # where a rank was asked for, what share of the output's energy it keeps
@@ -139,8 +140,8 @@ class _Run:
         self.reading: Reading | None = None
         self.fitted: Changes = {}  # closed forms that have learnt since
         self.passes = self.in_passes()
-        drawn = plan.drawn(concepts, settings, len(self.passes))
         self.whole = plan.work(host, concepts, settings, len(self.passes))
+        drawn = plan.rows_before_polish(concepts, settings, len(self.passes))
         self.done, self.small = 0.0, 0.1 * drawn / (2 * len(self.texts) + 1)
         self.started = self.lapped = time.monotonic()
 
@@ -160,7 +161,7 @@ class _Run:
         """Stage 1: each concept's own text encoder reads its prompts."""
         for place, texts in enumerate(self.texts):
             self.tick("Looking at the words", self.small)
-            with capture.applied(self.modules, self.asked[place]), self.watching(place, capture.is_text):
+            with capture.applied(self.modules, self.asked[place]), self.watching(place, is_text):
                 self.host.encode([*texts, ""])
         self.solve("Fitting the text encoder")
 
@@ -171,7 +172,7 @@ class _Run:
             with capture.applied(self.modules, self.merged), torch.no_grad():
                 context = self.host.encode([*texts, ""])
             readers = list(filter(capture.is_cross_kv, self.modules))
-            if readers:
+            if readers and self.weight(place):
                 self.add(place, readers, context.tokens)
         self.solve("Fitting words to pictures")
 
@@ -208,8 +209,10 @@ class _Run:
             room -= size
         return passes
 
-    def watching(self, place: int, wanted: Callable[[str], bool]):
+    def watching(self, place: int, wanted: Callable[[str], bool]) -> AbstractContextManager:
         """A context in which the wanted layers' inputs are counted for concept `place`."""
+        if not self.weight(place):
+            return nullcontext()
         groups = {group[0]: group for group in capture.same_inputs(filter(wanted, self.modules))}
         first = {name: self.modules[name] for name in groups}
         return capture.observed(first, lambda name, rows: self.add(place, groups[name], rows))
@@ -217,19 +220,24 @@ class _Run:
     @torch.no_grad()
     def add(self, place: int, names: list[str], rows: Tensor) -> None:
         """Count what these layers all read (B, tokens, d) for concept `place`, `tokens` of each picture at most."""
-        if rows.shape[1] > self.settings.tokens:
-            chosen = torch.randperm(rows.shape[1], generator=self.generator)[: self.settings.tokens]
-            rows = rows[:, chosen.to(rows.device)]
         if names[0] not in self.statistics:
             self.statistics |= self.begun(names)
-        concepts = len(self.asked) - 1
-        weight = 1.0 if place < concepts else self.settings.anchor * concepts
-        for name in names if weight else ():
+        if rows.shape[1] > self.settings.tokens:
+            sums = isinstance(self.statistics[names[0]], Statistics | NormStatistics)
+            # A fit that keeps rows compares concepts row by row: of all of them it gets the same places.
+            generator = self.generator if sums else torch.Generator().manual_seed(self.settings.seed)
+            chosen = torch.randperm(rows.shape[1], generator=generator)[: self.settings.tokens]
+            rows = rows[:, chosen.to(rows.device)]
+        for name in names:
             # The 1 that a change of bias is multiplied by, if any concept changes this layer's bias.
             own = F.pad(rows, (0, self.inputs[name] - rows.shape[-1]), value=1.0)
-            self.statistics[name].add(place, own.float(), weight)
+            self.statistics[name].add(place, own.float(), self.weight(place))
 
-    def begun(self, names: list[str]) -> dict[str, Statistics | NormStatistics]:
+    def weight(self, place: int) -> float:
+        """How much what concept `place` sees counts in the closed form."""
+        return 1.0 if place < len(self.concepts) else self.settings.anchor * len(self.concepts)
+
+    def begun(self, names: list[str]) -> dict[str, LayerFit]:
         """Empty statistics of layers that read the same rows: they share one Gram matrix, if it is over as many."""
         device, sums = self.host.device, {}
         for name in names:
@@ -299,10 +307,15 @@ class _Run:
             factors = polish(
                 self.host, self.modules, factors, *teachers.lessons([1.0] * concepts), steps, self.rows, settings.seed,
                 lambda step, _: self.tick(f"Polishing, step {step} of {steps}", 3 * self.rows),
-                1 if self.size > SEVERAL else None, self.whitenings, settings.guidance,
-                settings.guided if settings.thorough else 0.0,
-                lambda found: sum(left(found)), self.reading, settings.reading, norms,
-                Look(plan.looks(concepts, settings), at),
+                at_once=1 if self.size > SEVERAL else None,
+                whitenings=self.whitenings,
+                guidance=settings.guidance,
+                guided=settings.guided if settings.thorough else 0.0,
+                held_out=lambda found: sum(left(found)),
+                reading=self.reading,
+                reads=settings.reading,
+                fixed=norms,
+                look=Look(plan.looks(concepts, settings), at),
             )  # fmt: skip
         after = missed(self.host, self.modules, norms | factors, teachers.held, self.rows)
         if not sum(after[:-1]) <= sum(before[:-1]):
@@ -325,7 +338,7 @@ class _Run:
             found.append("A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.")
         return found
 
-    def alignment(self) -> tuple[dict[str, dict[str, float]], dict[str, hinge.Objective]]:
+    def measured(self) -> tuple[dict[str, dict[str, float]], dict[str, hinge.Objective]]:
         """For each concept how near the merged layers come to its own, and the paper's objective, by kind of layer."""
         found, seen, settings = {}, [], self.settings
         stage = "Measuring what came of it"

@@ -141,7 +141,7 @@ def merge(
     settings = replace(settings or Settings(), **chosen.settings)
     fit = {} if chosen.fit is None else {"fit": chosen.fit(settings)}
     result = merging.merge(host, concepts, settings, progress, **fit)
-    result.method, result.checkpoint = method, host.checkpoint
+    result.method = method
     return result
 
 

@@ -21,17 +21,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Reading = Literal["flat", "token"]
+#: What ‖Y − Ŷ‖ is of, see above.
+Distance = Literal["flat", "token"]
 
 
-def positive_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+def positive_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor], distance: Distance) -> list[Tensor]:
     """Eq. 2: d_p,i = ‖Y_i − Ŷ_i‖. N tensors (n_i, o) on both sides → N tensors, "flat" (1,) or "token" (n_i,)."""
     _check(targets, predictions)
     pairs = zip(targets, predictions, strict=True)
-    return [_distance(target, prediction, reading) for target, prediction in pairs]
+    return [_distance(target, prediction, distance) for target, prediction in pairs]
 
 
-def negative_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor], reading: Reading) -> list[Tensor]:
+def negative_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor], distance: Distance) -> list[Tensor]:
     """Eq. 3: d_n,i = min over j ≠ i of ‖Y_i − Ŷ_j‖, in "token" for each row apart. Shapes as in `positive_distances`.
 
     A concept that is alone has no negative: its distance is infinite. Raises ValueError if concepts differ in rows.
@@ -42,8 +43,8 @@ def negative_distances(targets: Sequence[Tensor], predictions: Sequence[Tensor],
         raise ValueError(f"the negative distance needs features of one shape for all concepts, not {shapes}")
     nearest = []
     for i, target in enumerate(targets):
-        others = [_distance(target, prediction, reading) for j, prediction in enumerate(predictions) if j != i]
-        alone = torch.full_like(_rows(target, reading)[:, 0], torch.inf)
+        others = [_distance(target, prediction, distance) for j, prediction in enumerate(predictions) if j != i]
+        alone = torch.full_like(_rows(target, distance)[:, 0], torch.inf)
         nearest.append(torch.stack(others).amin(0) if others else alone)
     return nearest
 
@@ -53,10 +54,10 @@ def hinge(distances: Tensor, margin: float) -> Tensor:
     return (margin - distances).clamp(min=0)
 
 
-def contrastive(targets: Sequence[Tensor], predictions: Sequence[Tensor], margin: float, reading: Reading) -> Tensor:
+def contrastive(targets: Sequence[Tensor], predictions: Sequence[Tensor], margin: float, distance: Distance) -> Tensor:
     """Eq. 1: 1/N Σ_i (d_p,i² + max(0, m − d_n,i)²), in "token" averaged over the rows of each concept. A scalar."""
-    near = positive_distances(targets, predictions, reading)
-    far = negative_distances(targets, predictions, reading)
+    near = positive_distances(targets, predictions, distance)
+    far = negative_distances(targets, predictions, distance)
     terms = [(p.square() + hinge(n, margin).square()).mean() for p, n in zip(near, far, strict=True)]
     return torch.stack(terms).mean()
 
@@ -72,10 +73,10 @@ def objective(
     delta: Tensor,
     margin: float = 0.5,
     penalty: float = 1e-3,
-    reading: Reading = "flat",
+    distance: Distance = "flat",
 ) -> Tensor:
     """Eq. 5 for one layer: contrastive loss plus delta penalty, with the paper's m = 0.5 and λ = 0.001. A scalar."""
-    return contrastive(targets, predictions, margin, reading) + delta_penalty(delta, penalty)
+    return contrastive(targets, predictions, margin, distance) + delta_penalty(delta, penalty)
 
 
 def positive_from_sums(delta: Tensor, deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
@@ -88,16 +89,16 @@ def positive_from_sums(delta: Tensor, deltas: Sequence[Tensor], grams: Sequence[
     return torch.stack(terms).sum()
 
 
-def _rows(features: Tensor, reading: Reading) -> Tensor:
-    if reading == "flat":
+def _rows(features: Tensor, distance: Distance) -> Tensor:
+    if distance == "flat":
         return features.reshape(1, -1)
-    if reading == "token":
+    if distance == "token":
         return features
-    raise ValueError(f'reading is {reading!r}, but must be "flat" or "token"')
+    raise ValueError(f'distance is {distance!r}, but must be "flat" or "token"')
 
 
-def _distance(target: Tensor, prediction: Tensor, reading: Reading) -> Tensor:
-    return torch.linalg.vector_norm(_rows(target, reading) - _rows(prediction, reading), dim=1)
+def _distance(target: Tensor, prediction: Tensor, distance: Distance) -> Tensor:
+    return torch.linalg.vector_norm(_rows(target, distance) - _rows(prediction, distance), dim=1)
 
 
 def _check(targets: Sequence[Tensor], predictions: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from loraclr import prompts, scenes
 from loraclr.concept import Concept
 from loraclr.factor import Rank
 from loraclr.hosts import Host
-from loraclr.objective import Reading
+from loraclr.objective import Distance
 from loraclr.reading import PROMPTS
 
 Speed = Literal["closed", "fast", "balanced", "best"]
@@ -44,7 +44,8 @@ class Settings:
         neutral: weight of what must not change (the base model on neutral prompts) in the polish.
         anchor: the same in the closed form.
         scenes: pictures of two things side by side to learn from, for each concept, and as many of things in styles.
-        binding: weight of two things side by side in the polish, relative to the pictures of one concept.
+        binding: weight of two things side by side in the polish, relative to the pictures of one concept; 0: none are
+            drawn.
         styled: weight of things in styles, likewise; 0: none are drawn.
         astray: weight in the polish of states on the way to something else (`loraclr.astray`), relative to the pictures
             of one concept; 0: none are looked at.
@@ -58,7 +59,8 @@ class Settings:
         directions: of each layer's inputs that the polish makes white (`loraclr.whitening`); 0: plain factors.
         ridge: of the closed form, relative to the mean diagonal of the inputs' Gram matrix.
         margin, penalty, distance, iterations, rate: m, λ, the reading of the distance (`loraclr.objective`), steps and
-            learning rate of the paper's own loop, for the method reference only; the defaults are the paper's.
+            learning rate of the paper's own loop, for the method reference; the defaults are the paper's. With m and λ
+            every merge tells the paper's objective, too.
         steps, guidance, size: how the host draws the pictures that are looked at; size None: the model's own.
         tokens: places of a picture that a layer's statistics take at a time; the rest are skipped at random.
         batch: pictures drawn at a time.
@@ -82,7 +84,7 @@ class Settings:
     ridge: float = 1e-3
     margin: float = 0.5
     penalty: float = 1e-3
-    distance: Reading = "flat"
+    distance: Distance = "flat"
     iterations: int = 50
     rate: float = 1e-4
     steps: int = 16
@@ -96,8 +98,14 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.neutral_prompts:
             raise ValueError("neutral_prompts is empty: give one prompt at least; with neutral=0 it has no weight.")
-        if self.distance not in get_args(Reading):
-            raise ValueError(f"There is no distance {self.distance}: choose {' or '.join(get_args(Reading))}.")
+        if self.speed not in POLISH_STEPS:
+            raise ValueError(f"There is no speed {self.speed}: choose {', '.join(POLISH_STEPS)}.")
+        if isinstance(self.rank, int) and self.rank < 1:
+            raise ValueError(f'The rank {self.rank} is below 1: give 1 or more, "auto", or None for the exact one.')
+        if min(self.steps, self.batch, self.tokens) < 1:
+            raise ValueError("steps, batch and tokens are counts: give 1 or more.")
+        if self.distance not in get_args(Distance):
+            raise ValueError(f"There is no distance {self.distance}: choose {' or '.join(get_args(Distance))}.")
         if self.seed < 0:  # a webui draws a number of its own for it each time
             raise ValueError(f"The seed {self.seed} is below 0: give 0 or more.")
 
@@ -127,7 +135,8 @@ def pairs(concepts: Sequence[Concept], settings: Settings) -> tuple[list[scenes.
     count = settings.scenes * len(concepts) if settings.speed != "closed" else 0
     things = [None if concept.kind == "style" else concept.trigger for concept in concepts]
     styles = [concept.trigger if concept.kind == "style" else None for concept in concepts]
-    return scenes.side_by_side(things, count), scenes.styled(things, styles, count if settings.styled else 0)
+    beside, over = (count if weight else 0 for weight in (settings.binding, settings.styled))
+    return scenes.side_by_side(things, beside), scenes.styled(things, styles, over)
 
 
 def states(looked_at: Sequence[Sequence[str]], settings: Settings) -> list[int]:
@@ -147,7 +156,7 @@ def looks(concepts: int, settings: Settings) -> list[int]:
     return [int(share * steps) for share in LOOKS[settings.speed]] if settings.again and steps else []
 
 
-def drawn_again(settings: Settings) -> int:
+def pictures_in_look(settings: Settings) -> int:
     """Pictures of each concept in such a look."""
     return AGAIN if settings.thorough else AGAIN // 2
 
@@ -160,7 +169,7 @@ def rows(size: int) -> int:
     return max(4, min(16, 8192 * 64 // size**2))
 
 
-def drawn(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
+def rows_before_polish(concepts: Sequence[Concept], settings: Settings, passes: int = 1) -> float:
     """Rows through the UNet for all that is looked at before the polish.
 
     Args:
@@ -177,5 +186,5 @@ def work(host: Host, concepts: Sequence[Concept], settings: Settings, passes: in
     polish = 3 * rows(settings.size or host.size) * settings.polish_steps(len(concepts))
     reading = PROMPT * PROMPTS * settings.reading_steps(len(concepts))
     # Every state of theirs is asked about twice: by the merged LoRA, which draws, and by the concept's own.
-    again = 4 * settings.steps * drawn_again(settings) * (len(concepts) + 1) * len(looks(len(concepts), settings))
-    return 1.1 * drawn(concepts, settings, passes) + reading + polish + again
+    again = 4 * settings.steps * pictures_in_look(settings) * (len(concepts) + 1) * len(looks(len(concepts), settings))
+    return 1.1 * rows_before_polish(concepts, settings, passes) + reading + polish + again

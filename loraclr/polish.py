@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loraclr.capture import Bank, Changes, applied
+from loraclr.bank import Bank
+from loraclr.capture import applied
+from loraclr.changes import Changes
 from loraclr.hosts import Host
 from loraclr.reading import Reading
 from loraclr.training import LOSS_SCALE, Trained, schedule
@@ -79,6 +81,7 @@ def polish(
     batch: int,
     seed: int,
     tick: Callable[[int, float], None],
+    *,
     at_once: int | None = None,
     whitenings: Mapping[str, Whitening] | None = None,
     guidance: float = 1.0,

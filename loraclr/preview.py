@@ -9,7 +9,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from loraclr.capture import applied
-from loraclr.changes import factors_of
 from loraclr.hosts import Host
 from loraclr.plan import Settings
 from loraclr.prompts import filled
@@ -26,9 +25,12 @@ _SEED = 10_000  # noise that the merge has not seen
 def drawn(host: Host, merge: Merge, settings: Settings) -> Image.Image:
     """The merge's first concepts side by side, each by its first prompt."""
     side, modules = settings.size or host.size, host.layers()
-    changes = {name: factors_of(layer, 1.0, modules[name].weight) for name, layer in merge.layers.items()}
     texts = [filled(concept.trigger, concept.kind, concept.prompts)[0] for concept in merge.concepts[:MOST]]
-    with host.session(), host.words(merge.words) if merge.words else nullcontext(), applied(modules, changes):
+    with (
+        host.session(),
+        host.words(merge.words) if merge.words else nullcontext(),
+        applied(modules, merge.changes(modules)),
+    ):
         return sheet(host.sample(texts, _SEED, settings.steps, settings.guidance, side, side))
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loraclr import prompts
 from loraclr.capture import NORMS, applied, is_cross_kv, reads_text
-from loraclr.changes import Changes, is_text
+from loraclr.changes import Changes, is_text, through
 from loraclr.concept import Concept
 from loraclr.hosts import Context, Host
 from loraclr.precision import without_autocast
@@ -67,7 +67,8 @@ class Reading:
         neutral: float,
         seed: int,
     ) -> None:
-        self.host, self.modules, self.asked = host, modules, asked
+        self.host, self.modules = host, modules
+        self.asked = [_on(host.device, changes) for changes in asked]  # once, not in every step
         self.concepts, self.usual = concepts, usual
         # All of them: those that no LoRA changes still read what a changed text encoder says.
         self.readers = {name: module for name, module in host.layers().items() if is_cross_kv(name)}
@@ -158,13 +159,12 @@ class Reading:
         weight = self.readers[name].weight.to(own)
         output = F.linear(tokens[0] - own, weight)
         if change is not None:
-            output = output + _through(tokens[0], change)
+            output = output + through(tokens[0], change)
         wanted = torch.zeros_like(output)
         for place in set(lesson.places):
             if name in self.asked[place]:
                 first, count = lesson.places.index(place), lesson.places.count(place)
-                factors = tuple(factor.to(own) for factor in self.asked[place][name])
-                wanted[first : first + count] = _through(own[first : first + count], factors)
+                wanted[first : first + count] = through(own[first : first + count], self.asked[place][name])
         return (output - wanted).square().mean() / self.scales[name]
 
     @torch.no_grad()
@@ -202,7 +202,10 @@ def practise(
     return {**changes, **trained.found()}
 
 
-def _through(x: Tensor, change: Factors) -> Tensor:
-    """What a change adds to a layer's output for inputs x (B, T, d); a change of bias is one more input, always 1."""
-    up, down = change
-    return F.linear(F.linear(F.pad(x, (0, down.shape[1] - x.shape[-1]), value=1.0), down), up)
+def _on(device: torch.device, changes: Changes) -> Changes:
+    """The changes of what reads text, in float32 on a device."""
+    return {
+        name: tuple(factor.to(device, torch.float32) for factor in pair)
+        for name, pair in changes.items()
+        if reads_text(name)
+    }

@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from loraclr import files
-from loraclr.changes import is_text
+from loraclr.changes import Changes, changes_of, is_text
 from loraclr.concept import Concept
 from loraclr.embeddings import Embeddings, distinct
 from loraclr.formats import Norm
 from loraclr.hinge import Objective
 from loraclr.hosts import Checkpoint
 from loraclr.keys import Family
-from loraclr.lora import Layer
+from loraclr.lora import Layer, LoRA
 
 #: Keys that were not understood are named in a note up to so many for each LoRA; the recipe names all.
 NAMED = 6
@@ -61,6 +62,10 @@ class Merge:
     checkpoint: Checkpoint | None = None
     words: Embeddings = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def changes(self, modules: Mapping[str, nn.Module] | None = None) -> Changes:
+        """What it does to each layer. `modules`: a model's, for norm layers and biases that depend on it."""
+        return changes_of(LoRA("merged", None, self.family, self.layers), modules)
 
     def prompt(self, name: str) -> str:
         """What to type to use the merged file under this name."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraclr.capture import Bank
+from loraclr.bank import Bank
 from loraclr.hosts import Context, Host
 from loraclr.prompts import PAIR, STAND_INS, STYLED
 

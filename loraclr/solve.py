@@ -8,6 +8,7 @@ everything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ from loraclr.precision import in_float64, without_autocast
 
 #: A change of weight as up (o, r) and down (r, d); a norm layer's is what is added to its weight and bias, both (n,).
 Factors = tuple[Tensor, Tensor]
+
+
+class LayerFit(Protocol):
+    """What is told of a layer's inputs, and asked for the one change that suits all concepts: usually `Statistics`."""
+
+    @property
+    def gram(self) -> Tensor:
+        """XᵀX of the inputs (d, d)."""
+
+    def add(self, concept: int, rows: Tensor, weight: float = 1.0) -> None:
+        """Inputs (..., d) that the layer saw while this concept was active, each counted `weight` times."""
+
+    def solve(self, ridge: float) -> Factors:
+        """The merged change."""
 
 
 class NotFinite(ValueError):
@@ -28,11 +43,11 @@ class Statistics:
     changes: per concept the factors (B_i (o, r_i), A_i (r_i, d)) of the change it asks for, scale and strength folded
     in; None asks for no change (the neutral anchor, or a concept that leaves this layer alone).
 
-    Memory: (d + Σr_i) · d numbers of `dtype`, however many rows are added: 105 MB in float32 and 210 MB in
-    float64 for d = 5120, the widest layer of SD 1.x and SDXL; `closed_form` needs two more d×d matrices of float64
-    while it runs. Of the Gram matrices of SDXL's attention and feed-forward layers that read the picture (582 layers,
-    9.5 GB in float32) `share` leaves 8.7 GB, of those that read the text (140, 2.3 GB) 17 MB, of its text encoders'
-    (265, 5.0 GB) 4.5 GB; `rest` moves them out of the device's memory.
+    Memory: (d + 2 Σr_i) · d numbers of `dtype` on the device, however many rows are added. The Gram matrix of d = 5120,
+    the widest layer of SD 1.x and SDXL, takes 105 MB in float32 and 210 MB in float64; `closed_form` needs two more
+    d×d matrices of float64 while it runs. Of the Gram matrices of SDXL's attention and feed-forward layers that read
+    the picture (582 layers, 9.5 GB in float32) `share` leaves 8.7 GB, of those that read the text (140, 2.3 GB) 17 MB,
+    of its text encoders' (265, 5.0 GB) 4.5 GB; `rest` moves them out of the device's memory.
     """
 
     def __init__(
@@ -42,13 +57,15 @@ class Statistics:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Raises ValueError if factors do not fit a layer of `width` inputs."""
         for change in changes:
             if change is not None and (change[1].shape[1] != width or change[0].shape[1] != change[1].shape[0]):
                 shapes = tuple(change[0].shape), tuple(change[1].shape)
                 raise ValueError(f"factors of shape {shapes[0]} and {shapes[1]} do not fit a layer of {width} inputs")
         self.gram = torch.zeros(width, width, dtype=dtype, device=device)
         self.device, self.shares = self.gram.device, False
-        self.ups = [None if change is None else change[0].to(device, dtype) for change in changes]
+        # Only asked for at the end, so they wait where there is room.
+        self.ups = [None if change is None else change[0].to("cpu", dtype) for change in changes]
         self.downs = [None if change is None else change[1].to(device, dtype) for change in changes]
         self.crosses = [None if down is None else torch.zeros_like(down) for down in self.downs]
 
@@ -73,33 +90,15 @@ class Statistics:
                 self.crosses[concept].addmm_(down @ rows.T, rows, alpha=weight)
 
     def solve(self, ridge: float = 1e-3) -> Factors:
-        """The factors (o, Σr_i) and (Σr_i, d) of the merged change; see `closed_form`."""
-        ups = [up for up in self.ups if up is not None]
+        """The factors (o, Σr_i) and (Σr_i, d) of the merged change; see `closed_form`.
+
+        Raises ValueError if no concept changes the layer, and as `closed_form` does.
+        """
+        ups = [up.to(self.device) for up in self.ups if up is not None]
         crosses = [cross for cross in self.crosses if cross is not None]
         if not ups:
             raise ValueError("no concept changes this layer, so there is nothing to merge")
         return torch.cat(ups, 1), closed_form(self.gram, torch.cat(crosses), ridge)
-
-    def target_energy(self) -> float:
-        """Σ_i ‖X_i ΔW_iᵀ‖², the change of output that the concepts ask for in all."""
-        triples = zip(self.ups, self.downs, self.crosses, strict=True)
-        return sum(
-            float(((up.T @ up).double() * (cross @ down.T).double()).sum())
-            for up, down, cross in triples
-            if up is not None
-        )
-
-    def error(self, up: Tensor, down: Tensor) -> float:
-        """Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² of a change up @ down, ((o, R), (R, d)), from the sums alone.
-
-        A difference of large numbers: with float32 sums, errors below about 1e-6 of `target_energy` are rounding.
-        """
-        gram = self.gram.to(self.device)
-        up, down = up.to(gram), down.to(gram)
-        own = ((up.T @ up).double() * (down @ gram @ down.T).double()).sum()
-        pairs = zip(self.ups, self.crosses, strict=True)
-        shared = sum(((up.T @ b).double() * (down @ c.T).double()).sum() for b, c in pairs if b is not None)
-        return max(0.0, float(own - 2 * shared) + self.target_energy())
 
 
 class NormStatistics:

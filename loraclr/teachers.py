@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraclr import capture, folding, plan, scenes
 from loraclr.astray import answer, astray
-from loraclr.capture import Bank
+from loraclr.bank import Bank, filing
 from loraclr.changes import Changes
 from loraclr.concept import Concept
 from loraclr.hosts import Context, Host
@@ -116,7 +116,7 @@ class Teachers:
 
     def look_again(self, merged: Changes) -> None:
         """Draw pictures with what is merged by now, and ask each concept's own LoRA what it would have done there."""
-        stage, count = "Looking at what it draws so far", plan.drawn_again(self.settings)
+        stage, count = "Looking at what it draws so far", plan.pictures_in_look(self.settings)
         first, found = count * len(self.again), []
         for place, texts in enumerate(self.texts):
             some = [texts[number % len(texts)] for number in range(first, first + count)]
@@ -148,7 +148,7 @@ class Teachers:
         """Pictures of `texts`, from noise number `first` on, as the UNet's predictions on the way to them."""
         settings = self.settings
         bank = Bank([*texts, ""])
-        record = capture.filing(bank, self.host.encode(bank.prompts))
+        record = filing(bank, self.host.encode(bank.prompts))
 
         def tell(x: Tensor, t: Tensor, context: Context, prediction: Tensor) -> None:
             record(x, t, context, prediction)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import loraclr
 from loraclr import files, merging, report
-from loraclr.capture import Changes, changes_of
+from loraclr.changes import Changes, changes_of
 from loraclr.hosts.standalone import Standalone
 from loraclr.methods import stacked
 from loraclr.plan import Settings, Speed, work

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loraclr.capture import Changes, applied
+from loraclr.capture import applied
+from loraclr.changes import Changes
 from loraclr.hosts.standalone import Standalone, open_checkpoint
 from miniature import checkpoint
 

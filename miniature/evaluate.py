@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from loraclr import files, report
-from loraclr.capture import changes_of
+from loraclr.changes import changes_of
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
 from loraclr.lora import LoRA

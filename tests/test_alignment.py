@@ -7,7 +7,7 @@ import torch
 
 from loraclr import capture, merging
 from loraclr.alignment import KINDS, alignment, kind
-from loraclr.capture import Bank
+from loraclr.bank import Bank, filing
 from loraclr.concept import Concept
 from loraclr.plan import Settings
 from tests.toy import ToyHost, toy_lora
@@ -18,7 +18,7 @@ BLOCK = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
 def looked_at(host: ToyHost, own: dict) -> Bank:
     bank = Bank(["a photo of a sks", ""])
     with capture.applied(host.layers(), own):
-        record = capture.filing(bank, host.encode(bank.prompts))
+        record = filing(bank, host.encode(bank.prompts))
         with host.watch(record):
             host.sample(bank.prompts[:1], 0, 4, 4.0, host.size, host.size)
     return bank

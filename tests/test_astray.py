@@ -10,7 +10,9 @@ from toy import ToyHost, toy_lora
 
 from loraclr import plan
 from loraclr.astray import astray
-from loraclr.capture import Bank, applied, changes_of
+from loraclr.bank import Bank
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.concept import Concept
 from loraclr.merging import Settings, _Run, by_closed_form, merge
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import get_args
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toy import ToyHost, toy_lora
+from toy import WIDTH, ToyHost, toy_lora
 
 from loraclr import blocks, methods, objective
 from loraclr.baselines import arithmetic, fitting
@@ -18,6 +19,7 @@ from loraclr.concept import Concept
 from loraclr.factor import decompose
 from loraclr.formats import IA3, Bias, DoRA, Full, LoHa, LoKr, Norm
 from loraclr.lora import Layer, LoRA
+from loraclr.merging import _Run
 from loraclr.methods import METHODS, Options
 from loraclr.plan import Settings
 
@@ -144,12 +146,18 @@ def test_factor_sum_is_no_sum_and_refuses_other_ranks() -> None:
         arithmetic.factor_sum(some())
 
 
+def overlap(changes) -> float:
+    """The largest cosine between two LoRAs' input subspaces."""
+    bases = [torch.linalg.qr(down.T).Q for _, down in changes]
+    return max(float(torch.linalg.matrix_norm(a.T @ b, 2)) for a, b in itertools.combinations(bases, 2))
+
+
 def test_orthogonal_is_the_sum_where_loras_are_orthogonal() -> None:
     basis = torch.linalg.qr(random(9, 9)).Q
     changes = [(random(7, 2, seed=k), random(2, 2, seed=9 + k) @ basis[:, 2 * k : 2 * k + 2].T) for k in range(3)]
     up, down = arithmetic.orthogonal(changes)
     torch.testing.assert_close(up @ down, sum(deltas_of(changes)), rtol=1e-5, atol=1e-5)
-    assert arithmetic.overlap(changes) < 1e-6
+    assert overlap(changes) < 1e-6
 
 
 def test_orthogonal_of_loras_that_do_nothing_does_nothing() -> None:
@@ -160,10 +168,10 @@ def test_orthogonal_of_loras_that_do_nothing_does_nothing() -> None:
 
 def test_orthogonal_gives_each_lora_inputs_of_its_own() -> None:
     changes = some()
-    assert arithmetic.overlap(changes) > 0.3
+    assert overlap(changes) > 0.3
     up, down = arithmetic.orthogonal(changes)
     parts = list(zip(up.split([2, 3, 1], 1), down.split([2, 3, 1]), strict=True))
-    assert arithmetic.overlap(parts) < 1e-5
+    assert overlap(parts) < 1e-5
     for (own, _), (part, _) in zip(changes, parts, strict=True):
         torch.testing.assert_close(own, part)
 
@@ -273,7 +281,7 @@ class TestReference:
         weight, inputs = random(7, 9, seed=99), [x.float() for x in inputs_of(changes)]
         targets = [x @ (weight + up @ down).T for x, (up, down) in zip(inputs, changes, strict=True)]
         steps = {}
-        for distance in get_args(objective.Reading):
+        for distance in get_args(objective.Distance):
             loop = fitting.Loop(steps=2, rate=1e-3, margin=9.0, penalty=0.0, distance=distance, mse=0.0, decay=0.0)
             steps[distance] = fitting.reference(weight, changes, inputs, loop)
             variable = torch.zeros_like(weight).requires_grad_()
@@ -303,6 +311,17 @@ class TestReference:
 
 
 class TestOnTheModel:
+    def test_a_merge_hands_the_reference_the_same_places_of_large_pictures_for_all_concepts(self) -> None:
+        host, name = ToyHost(), "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
+        concepts = [Concept(toy_lora(host, word, seed), word) for seed, word in enumerate(("sks", "zyk"), start=1)]
+        run = _Run(host, concepts, Settings(tokens=8), lambda *_: None, fitting.by_reference)
+        rows = torch.randn(2, 64, WIDTH)
+        for place in range(2):
+            run.add(place, [name], rows)
+        first, second = (torch.cat(kept) for kept in run.statistics[name].inputs[:2])
+        assert len(first) == 16
+        assert torch.equal(first, second)
+
     def test_gradient_fusion_and_reference_go_the_merge_s_way(self) -> None:
         host = ToyHost()
         concepts = [Concept(toy_lora(host, name, seed), name) for seed, name in enumerate(("sks", "zyk"), start=1)]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from loraclr.capture import Bank, applied, changes_of, filing, observed, same_inputs
+from loraclr.bank import Bank, filing
+from loraclr.capture import applied, observed, same_inputs
+from loraclr.changes import changes_of
 from loraclr.formats import IA3
 from loraclr.hosts import Context
 from loraclr.lora import Layer, LoRA

@@ -273,6 +273,18 @@ class TestMerge:
             assert main(["merge", *A, *out, *more]) == 0
             assert not (here / f"{name}.preview.png").exists()
 
+    def test_a_card_that_does_not_fit_into_memory_costs_no_merge(
+        self, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise torch.cuda.OutOfMemoryError
+
+        monkeypatch.setattr("loraclr.preview.drawn", full)
+        assert main(["merge", *A, *OUT]) == 0
+        assert "There is no picture for its card: the graphics card's memory is full." in capsys.readouterr().out
+        assert files.load(here / "out.safetensors").triggers() == "sks"
+        assert not (here / "out.preview.png").exists()
+
     def test_overwrite(self, here: Path) -> None:
         old = lora(here / "out.safetensors", width=6).read_bytes()
         assert main(["merge", *A, *OUT, "--overwrite"]) == 0

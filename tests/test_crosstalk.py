@@ -10,15 +10,17 @@ import torch
 from toy import ToyHost, toy_lora
 
 from loraclr import capture, methods
+from loraclr.bank import Bank, filing
+from loraclr.changes import Changes
 from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
 
 
-def looked_at(host: ToyHost, prompt: str, changes: capture.Changes) -> capture.Bank:
+def looked_at(host: ToyHost, prompt: str, changes: Changes) -> Bank:
     """The UNet calls of a drawing of `prompt`."""
-    bank = capture.Bank([prompt, ""])
+    bank = Bank([prompt, ""])
     with capture.applied(host.layers(), changes), torch.no_grad(), ExitStack() as watching:
-        watching.enter_context(host.watch(capture.filing(bank, host.encode(bank.prompts))))
+        watching.enter_context(host.watch(filing(bank, host.encode(bank.prompts))))
         host.sample([prompt], 3, 6, 4.0, 32, 32)
     return bank
 
@@ -51,4 +53,4 @@ def test_a_lora_that_does_nothing_has_no_share(host: ToyHost) -> None:
     bank = looked_at(host, "a cat", asked[0])
     assert all(map(math.isnan, crosstalk(host, modules, asked, asked[0], 0, bank)))
     assert not any(module._forward_hooks for module in modules.values())
-    assert all(map(math.isnan, crosstalk(host, modules, asked, asked[0], 0, capture.Bank(["", ""]))))
+    assert all(map(math.isnan, crosstalk(host, modules, asked, asked[0], 0, Bank(["", ""]))))

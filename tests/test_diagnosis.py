@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from loraclr import capture, diagnosis, merging
-from loraclr.capture import Bank
+from loraclr.bank import Bank, filing
 from loraclr.concept import Concept
 from loraclr.plan import Settings
 from tests.toy import ToyHost, toy_lora
@@ -18,7 +18,7 @@ def reasons(host: ToyHost, concepts: list[Concept], place: int = 0) -> list[str]
     modules, asked = host.layers(), [concept.changes() for concept in concepts]
     bank = Bank([f"a photo of a {concepts[place].trigger}", ""])
     with capture.applied(modules, asked[place]):
-        record = capture.filing(bank, host.encode(bank.prompts))
+        record = filing(bank, host.encode(bank.prompts))
         with host.watch(record):
             host.sample(bank.prompts[:1], 0, 8, 4.0, host.size, host.size)
     return diagnosis.reasons(host, modules, concepts, asked, place, bank)

@@ -8,7 +8,8 @@ import torch
 
 from loraclr import files
 from loraclr.__main__ import main
-from loraclr.capture import applied, changes_of
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.hosts.standalone import open_checkpoint
 from miniature import LORAS, checkpoint
 from miniature.judge import Judge

@@ -10,7 +10,8 @@ from test_words import CLOSED, WORD, embedded
 from toy import ToyHost, toy_lora
 
 from loraclr import files, folding
-from loraclr.capture import Bank, applied, is_cross_kv
+from loraclr.bank import Bank
+from loraclr.capture import applied, is_cross_kv
 from loraclr.changes import changes_of, is_text
 from loraclr.concept import Concept
 from loraclr.hosts import Context

@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 import architectures
 
 from loraclr import keys
-from loraclr.capture import is_cross_kv, is_text, same_inputs
+from loraclr.capture import is_cross_kv, same_inputs
+from loraclr.changes import is_text
 from loraclr.merging import HELD
 
 USUAL = ("attn", "_ff_", "proj_in", "proj_out")

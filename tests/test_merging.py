@@ -13,7 +13,8 @@ from toy import ToyHost, toy_lora
 
 from loraclr import files
 from loraclr.blocks import block_weights
-from loraclr.capture import applied, changes_of
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.concept import Concept
 from loraclr.formats import BOFT, IA3, OFT, Bias, DoRA, Full, GLoRA, LoHa, LoKr, Norm
 from loraclr.hosts import Cancelled, Context
@@ -165,7 +166,7 @@ def test_changes_of_full_rank_make_no_more_factors_than_a_layer_has_directions(m
     host = ToyHost()
     seen = {}
 
-    def no_polish(_host, _modules, merged, *_):
+    def no_polish(_host, _modules, merged, *_, **__):
         seen.update(merged)
         return merged
 
@@ -221,8 +222,9 @@ def test_a_polish_that_leads_away_changes_nothing(factor: float, monkeypatch) ->
     concepts = [Concept(toy_lora(host, name, seed), name) for name, seed in (("sks", 1), ("zyk", 2))]
     settings = Settings(steps=4, scenes=0)
     closed = merge(host, concepts, replace(settings, speed="closed"))
+    assert closed.checkpoint == host.checkpoint
 
-    def away(_host, _modules, merged, *_):
+    def away(_host, _modules, merged, *_, **__):
         return {name: (factor * up, down) for name, (up, down) in merged.items()}
 
     monkeypatch.setattr("loraclr.merging.polish", away)
@@ -381,9 +383,18 @@ def test_what_must_not_change_is_something() -> None:
         Settings(neutral_prompts=())
 
 
-def test_a_seed_below_0_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^The seed -1 is below 0"):  # a webui would draw another each time
-        Settings(seed=-1)
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"seed": -1}, "^The seed -1 is below 0"),  # a webui would draw another each time
+        ({"speed": "quick"}, "^There is no speed quick: choose closed, fast"),
+        ({"rank": 0}, "^The rank 0 is below 1"),
+        ({"steps": 0}, "counts: give 1 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**wrong)
 
 
 def test_words_longer_than_a_text_encoders_piece_lose_no_picture() -> None:
@@ -407,7 +418,7 @@ def test_a_merge_that_cannot_be_measured_is_there_all_the_same(monkeypatch: pyte
     def full(self) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(_Run, "alignment", full)
+    monkeypatch.setattr(_Run, "measured", full)
     host = ToyHost()
     result = merge(host, [Concept(toy_lora(host, "a", 1), "sks")], CLOSED)
     assert result.layers and not result.alignment and "could not be measured in full" in result.notes[-1]

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from loraclr import files
-from loraclr.capture import applied, changes_of
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.lora import LoRA
 from miniature import CHECKPOINT, JUDGE, LORAS, WEIGHTS, adapters, autoencoder, checkpoint, diffusion
 from miniature.judge import Judge, halves

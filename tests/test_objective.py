@@ -151,5 +151,5 @@ def test_wrong_inputs_are_refused():
         objective.positive_distances(targets, predictions[:2], "flat")
     with pytest.raises(ValueError, match="must be equal lists"):
         objective.positive_distances([torch.zeros(0, 3)], [torch.zeros(0, 3)], "token")
-    with pytest.raises(ValueError, match="reading is 'rows'"):
+    with pytest.raises(ValueError, match="distance is 'rows'"):
         objective.contrastive(targets, predictions, 0.5, "rows")

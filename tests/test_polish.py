@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from toy import ToyHost, toy_lora
 
-from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.bank import Bank, filing
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.hosts import Context
 from loraclr.polish import CHECK, Look, _descend, _loss, missed, polish, together
 from loraclr.training import balanced
@@ -230,7 +232,8 @@ def test_the_last_steps_learn_from_pairs_and_the_others_from_rows_alone(looks, m
     for guided, at_once, pairs in ((0.3, None, 3), (0.3, 2, 3), (0.3, 1, 0), (0.0, None, 0)):
         seen.clear()
         polish(
-            host, layers, start, banks, [1.0, 1.0], 10, 8, 0, lambda *_: None, at_once, None, 4.0, guided, look=look
+            host, layers, start, banks, [1.0, 1.0], 10, 8, 0, lambda *_: None, at_once=at_once, guidance=4.0,
+            guided=guided, look=look,
         )  # fmt: skip
         assert seen == [[1] * 8] * (10 - pairs) + [[2] * 4] * pairs
 

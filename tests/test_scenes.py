@@ -10,7 +10,8 @@ from torch import Tensor
 from toy import ToyHost, toy_lora
 
 from loraclr import scenes
-from loraclr.capture import Changes, applied, changes_of
+from loraclr.capture import applied
+from loraclr.changes import Changes, changes_of
 from loraclr.hosts import Context
 from loraclr.prompts import STYLED
 

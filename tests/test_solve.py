@@ -106,18 +106,6 @@ def test_sums_are_float32_whatever_the_rows_are(dtype):
     assert up.dtype == down.dtype == torch.float32
 
 
-def test_error_is_the_positive_term():
-    changes, inputs = problem(6, 5, [2, 0, 3], [7, 4, 9])
-    sums = statistics(changes, inputs, [1.0] * 3, 6)
-    deltas, grams = [dense(change, 5, 6) for change in changes], [x.T @ x for x in inputs]
-    (up, down), *_ = problem(6, 5, [2], [], seed=9)[0]
-    expected = objective.positive_from_sums(up @ down, deltas, grams)
-    assert sums.error(up, down) == pytest.approx(expected.item())
-    zero = objective.positive_from_sums(torch.zeros(5, 6, dtype=DOUBLE), deltas, grams)
-    assert sums.target_energy() == pytest.approx(zero.item())
-    assert sums.error(*sums.solve(0.0)) < sums.error(up, down)
-
-
 def test_no_other_change_has_a_smaller_ridged_error():
     """The gradient of the regularised objective vanishes at the solution."""
     changes, inputs = problem(6, 5, [2, 3], [7, 9])

@@ -12,7 +12,9 @@ from peft.tuners.lora import LoraLayer
 
 import loraclr
 from loraclr import files, merging, plan, scenes
-from loraclr.capture import Bank, applied, changes_of, filing
+from loraclr.bank import Bank, filing
+from loraclr.capture import applied
+from loraclr.changes import changes_of
 from loraclr.concept import Concept
 from loraclr.hosts.standalone import Standalone, open_checkpoint, predicts_noise
 from loraclr.keys import Family, kohya_name

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from toy import ToyHost, toy_lora
 
-from loraclr.capture import changes_of
+from loraclr.changes import changes_of
 from loraclr.concept import Concept
 from loraclr.merging import _Run, by_closed_form
 from loraclr.plan import Settings

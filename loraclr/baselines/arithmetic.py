@@ -1,7 +1,7 @@
 """Merges that look at weights only: the changes of one layer in, one change out, as pure functions.
 
 A change is a pair of factors, up (o, r) and down (r, d), with ΔW = up @ down; scale and strength are folded into it, as
-`loraclr.capture.Changes` has them. What works entry by entry takes dense ΔW (o, d) and gives one back. A LoRA that
+`loraclr.changes.Changes` has them. What works entry by entry takes dense ΔW (o, d) and gives one back. A LoRA that
 leaves a layer alone is simply not in its list.
 """
 
@@ -99,13 +99,6 @@ def dare_linear(deltas: Sequence[Tensor], density: float, generator: torch.Gener
 def magnitude_prune(deltas: Sequence[Tensor], density: float) -> Tensor:
     """The sum of ΔW_i of which only the largest entries are left."""
     return torch.stack([trim(delta, density) for delta in deltas]).sum(0)
-
-
-def overlap(changes: Sequence[Factors]) -> float:
-    """How much two of the LoRAs look at the same inputs: the largest cosine between their input subspaces, 0 to 1."""
-    bases = [_inputs(down) for _, down in changes]
-    pairs = [(a, b) for place, a in enumerate(bases) for b in bases[:place]]
-    return max((float(torch.linalg.matrix_norm(a.T @ b, 2)) for a, b in pairs), default=0.0)
 
 
 def orthogonal(changes: Sequence[Factors]) -> Factors:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loraclr.factor import decompose
-from loraclr.objective import Reading, contrastive, delta_penalty
+from loraclr.objective import Distance, objective
 from loraclr.precision import in_float64
 from loraclr.solve import Factors, Statistics, width
 
@@ -61,7 +61,8 @@ class GradientFusion(Statistics):
 
     def solve(self, ridge: float = 0.0) -> Factors:
         """The factors after `steps` iterations; the ridge is not used."""
-        pairs = [(up, cross) for up, cross in zip(self.ups, self.crosses, strict=True) if up is not None]
+        present = zip(self.ups, self.crosses, strict=True)
+        pairs = [(up.to(self.device), cross) for up, cross in present if up is not None]
         return gradient_fusion(self.gram, [up for up, _ in pairs], [cross for _, cross in pairs], self.steps)
 
 
@@ -87,7 +88,7 @@ class Loop:
     rate: float = 1e-4
     margin: float = 0.5
     penalty: float = 1e-3
-    distance: Reading = "flat"
+    distance: Distance = "flat"
     mse: float = 0.1
     decay: float = 1e-4
     rows: int = 32
@@ -107,7 +108,7 @@ def reference(weight: Tensor, changes: Sequence[Factors], inputs: Sequence[Tenso
         with torch.enable_grad():
             predictions = [x @ (weight + delta).T for x in inputs]
             error = torch.stack(predictions) - torch.stack(targets)
-            loss = contrastive(targets, predictions, loop.margin, loop.distance) + delta_penalty(delta, loop.penalty)
+            loss = objective(targets, predictions, delta, loop.margin, loop.penalty, loop.distance)
             loss = loss + loop.mse * error.square().mean()
         if loss.item() < lowest:
             best, lowest = delta.detach().clone(), loss.item()

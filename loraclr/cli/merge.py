@@ -186,6 +186,8 @@ def offered() -> list[Method]:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
+    import torch
+
     from loraclr import methods, preview
     from loraclr.cli import remote
     from loraclr.plan import Settings
@@ -212,7 +214,10 @@ def run(args: argparse.Namespace) -> int:
             merge = methods.merge(host, concepts, method.name, settings, line)
             if not args.no_preview and preview.wanted(args.output):
                 line("Drawing a picture for its card", 1.0, None)
-                picture = preview.drawn(host, merge, settings)
+                try:
+                    picture = preview.drawn(host, merge, settings)
+                except torch.cuda.OutOfMemoryError:  # a merge that is done is worth more than its picture
+                    merge.notes.append("There is no picture for its card: the graphics card's memory is full.")
     else:
         host = prepare_weights(args, concepts)
         options = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)

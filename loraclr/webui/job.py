@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -169,10 +169,11 @@ def _share_of_merge(host: Host, concepts: Sequence[Concept], order: Order) -> fl
     """How much of the whole work is the merge; the rest is the pictures."""
     if not order.draw:
         return 1.0
-    if not methods.METHODS[order.method].needs_model:
+    method = methods.METHODS[order.method]
+    if not method.needs_model:
         return 0.1
     drawing = pictures.rows_through_unet(concepts, order.settings, order.against_sum)
-    return 1 - drawing / (drawing + work(host, concepts, order.settings))
+    return 1 - drawing / (drawing + work(host, concepts, replace(order.settings, **method.settings)))
 
 
 def bled(done: Done) -> dict[str, dict[str, float]]:

@@ -11,12 +11,11 @@ from PIL import Image
 from torch import nn
 
 from loraclr import capture, methods, prompts
-from loraclr.capture import Bank, Changes
-from loraclr.changes import changes_of
+from loraclr.bank import Bank, filing
+from loraclr.changes import Changes
 from loraclr.concept import Concept
 from loraclr.crosstalk import crosstalk
 from loraclr.hosts import Cancelled, Host
-from loraclr.lora import LoRA
 from loraclr.plan import Settings
 from loraclr.result import Merge
 
@@ -97,7 +96,7 @@ class _Artist:
         self.host, self.settings, self.tell = host, settings, tell
         self.modules: Mapping[str, nn.Module] = host.layers()
         self.asked = [concept.changes(self.modules) for concept in merge.concepts]
-        self.merged: Changes = changes_of(LoRA("merged", None, merge.family, merge.layers), self.modules)
+        self.merged: Changes = merge.changes(self.modules)
         self.sum = methods.stacked(self.asked) if against_sum else None
         self.whole, self.done = (2 + against_sum) * (len(merge.concepts) + len(_pairs(merge.concepts))), 0
 
@@ -114,7 +113,7 @@ class _Artist:
         with ExitStack() as inside, torch.no_grad():
             inside.enter_context(capture.applied(self.modules, changes))
             if bank is not None:
-                inside.enter_context(self.host.watch(capture.filing(bank, self.host.encode(bank.prompts))))
+                inside.enter_context(self.host.watch(filing(bank, self.host.encode(bank.prompts))))
             pictures = self.host.sample(
                 [prompt] * _SEEDS, seed, self.settings.steps, self.settings.guidance, size, size
             )

@@ -12,7 +12,7 @@ import gradio as gr
 from loraclr import prompts
 from loraclr.factor import Rank
 from loraclr.methods import METHODS
-from loraclr.objective import Reading
+from loraclr.objective import Distance
 from loraclr.plan import Settings
 from loraclr.webui.components import FormRow
 from loraclr.webui.language import say
@@ -167,7 +167,7 @@ def _loop() -> list[Any]:
             info="The paper has 0.0001; with it 50 steps move little.",
         )  # fmt: skip
     distance = gr.Radio(
-        get_args(Reading), value=USUAL.distance, label="Distance of reference", elem_id="loraclr_distance",
+        get_args(Distance), value=USUAL.distance, label="Distance of reference", elem_id="loraclr_distance",
         info="flat: of a concept's outputs as one long vector, as in the paper's code. token: of each token alone.",
     )  # fmt: skip
     return [margin, penalty, iterations, rate, distance]
@@ -251,7 +251,7 @@ def written(method: str, told: Mapping[str, Any]) -> list[Any]:
         "separate": False,
         "against_sum": False,
         "method": method if method in METHODS else "loraclr",
-        "distance": known["distance"] if known["distance"] in get_args(Reading) else USUAL.distance,
+        "distance": known["distance"] if known["distance"] in get_args(Distance) else USUAL.distance,
         "closed": speed == "closed",
         "size": known["size"] or 0,
         "density": told.get("density", 0.5),

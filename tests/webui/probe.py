@@ -17,7 +17,8 @@ from torch import nn
 
 import loraclr
 from loraclr import files, merging, plan
-from loraclr.capture import Changes, applied, changes_of, is_cross_kv
+from loraclr.capture import applied, is_cross_kv
+from loraclr.changes import Changes, changes_of
 from loraclr.hosts.a1111 import A1111
 from loraclr.lora import LoRA
 from loraclr.plan import Settings
