@@ -34,6 +34,8 @@ class Standalone:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         for module in (*self._parts.values(), pipeline.vae):
             module.requires_grad_(False).eval()
+        if self.size >= LARGE:
+            pipeline.vae.enable_slicing()  # a batch is decoded picture by picture: the decoder needs most memory
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
