@@ -28,10 +28,24 @@ SHOWN = {
 Colour = tuple[float, ...]
 
 
+#: Colours of "tab20" that are neither orange, red nor grey.
+_OTHERS = (0, 1, 4, 5, 8, 9, 10, 11, 12, 13, 16, 17, 18, 19)
+
+
 def _colours(rows: Sequence[Mapping]) -> dict[str, Colour]:
-    """One colour for each method in all panels, also where another has no such figure; 20 of them, for 20 methods."""
-    methods = dict.fromkeys(row["method"] for row in rows)
-    return {method: colormaps["tab20"](place % 20) for place, method in enumerate(methods)}
+    """One colour for each method in all panels, also where another has no such figure.
+
+    Ours are orange, the darker the longer; what is no merge is black and grey; 14 colours are for the others.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    ours = [method for method in methods if method.startswith("loraclr")]
+    fixed = {
+        method: colormaps["Oranges"](0.4 + 0.5 * place / max(1, len(ours) - 1)) for place, method in enumerate(ours)
+    }
+    fixed |= {"single": (0.0, 0.0, 0.0, 1.0), "base": (0.6, 0.6, 0.6, 1.0)}
+    others = [method for method in methods if method not in fixed]
+    named = {method: colormaps["tab20"](_OTHERS[place % len(_OTHERS)]) for place, method in enumerate(others)}
+    return {method: fixed.get(method) or named[method] for method in methods}
 
 
 def against_count(rows: Sequence[Mapping], path: Path) -> Path:
