@@ -20,10 +20,11 @@ from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
 from loraclr import files, methods, prompts, report
 from loraclr.blocks import block
+from loraclr.hosts.standalone import Standalone
 from loraclr.lora import Layer
 from loraclr.result import begun
 from miniature import demo
-from miniature.drawing import draw
+from miniature.drawing import draw, open_miniature
 from miniature.judge import Judge
 from miniature.vocabulary import CLASSES, CONCEPT, CONCEPTS
 
@@ -217,19 +218,24 @@ class TestRun:
         assert len(tuned) == len(grid) * 2 * TINY.tune
 
 
-def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras() -> None:
+@pytest.fixture(scope="module")
+def miniature() -> Standalone:
+    return open_miniature("cpu")
+
+
+def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras(miniature: Standalone) -> None:
     for name in ("factor-sum", "svd", "ties", "dare-ties", "dare-linear", "magnitude-prune", "orthogonal", "average"):
         asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
         contender = contenders.CONTENDERS[name]
-        entry = contender.run(None, asked, 0, contender.grid[-1] if contender.grid else {})
+        entry = contender.run(miniature, asked, 0, contender.grid[-1] if contender.grid else {})
         assert len(entry.each) == 2
         assert set(entry.together) == set(asked[0].lora.layers)
         assert entry.merge_s > 0
 
 
-def test_a_dense_method_is_not_cut_in_the_benchmark() -> None:
+def test_a_dense_method_is_not_cut_in_the_benchmark(miniature: Standalone) -> None:
     asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
-    entry = contenders.CONTENDERS["ties"].run(None, asked, 0, {})
+    entry = contenders.CONTENDERS["ties"].run(miniature, asked, 0, {})
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
     deltas = [concept.lora.layers[name].delta() for concept in asked]
     expected = methods.arithmetic.ties(deltas, 0.5)
@@ -237,11 +243,11 @@ def test_a_dense_method_is_not_cut_in_the_benchmark() -> None:
     torch.testing.assert_close(up @ down, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_block_weights_leave_out_the_blocks_that_are_not_named() -> None:
+def test_block_weights_leave_out_the_blocks_that_are_not_named(miniature: Standalone) -> None:
     asked = [quality.to_merge(CONCEPT[concept]) for concept in ("tiger", "panda")]
-    shallow = contenders.CONTENDERS["block-weights"].run(None, asked, 0, {"blocks": "IN04-OUT11=0", "scale": 0.5})
+    shallow = contenders.CONTENDERS["block-weights"].run(miniature, asked, 0, {"blocks": "IN04-OUT11=0", "scale": 0.5})
     assert {block(name) for name in shallow.together} == {"BASE", "IN01", "IN02"}
-    whole = contenders.CONTENDERS["sum"].run(None, asked, 0, {})
+    whole = contenders.CONTENDERS["sum"].run(miniature, asked, 0, {})
     for name, (up, down) in shallow.together.items():
         torch.testing.assert_close(up @ down, 0.5 * (whole.together[name][0] @ whole.together[name][1]))
 
