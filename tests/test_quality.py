@@ -20,6 +20,7 @@ from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
 from loraclr import files, methods, prompts, report
 from loraclr.blocks import block
+from loraclr.formats import IA3
 from loraclr.hosts.standalone import Standalone
 from loraclr.lora import Layer
 from loraclr.result import begun
@@ -231,6 +232,16 @@ def test_every_contender_but_those_on_the_model_merges_the_miniatures_loras(mini
         assert len(entry.each) == 2
         assert set(entry.together) == set(asked[0].lora.layers)
         assert entry.merge_s > 0
+
+
+def test_loras_whose_change_depends_on_the_model_take_part(miniature: Standalone) -> None:
+    concept = quality.to_merge(CONCEPT["tiger"])
+    name = next(name for name, layer in concept.lora.layers.items() if isinstance(layer, Layer))
+    rows = miniature.layers()[name].weight.shape[0]
+    lora = replace(concept.lora, layers={**concept.lora.layers, name: IA3(torch.full((rows,), 0.5), on_input=False)})
+    asked = [replace(concept, lora=lora), quality.to_merge(CONCEPT["panda"])]
+    for method in ("single", "sum", "block-weights"):
+        assert name in contenders.CONTENDERS[method].run(miniature, asked, 0, {}).each[0]
 
 
 def test_a_dense_method_is_not_cut_in_the_benchmark(miniature: Standalone) -> None:
