@@ -94,4 +94,5 @@ def layer_of(factors: Factors, shape: Sequence[int]) -> Layer | Norm:
 def through(x: Tensor, change: Factors) -> Tensor:
     """What a change adds to a layer's output for inputs x (..., d); a change of bias is one more input, always 1."""
     up, down = change
-    return F.linear(F.linear(F.pad(x, (0, down.shape[1] - x.shape[-1]), value=1.0), down), up)
+    more = down.shape[1] - x.shape[-1]
+    return F.linear(F.linear(F.pad(x, (0, more), value=1.0) if more else x, down), up)

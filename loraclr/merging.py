@@ -228,10 +228,12 @@ class _Run:
             generator = self.generator if sums else torch.Generator().manual_seed(self.settings.seed)
             chosen = torch.randperm(rows.shape[1], generator=generator)[: self.settings.tokens]
             rows = rows[:, chosen.to(rows.device)]
+        rows = rows.float()
         for name in names:
             # The 1 that a change of bias is multiplied by, if any concept changes this layer's bias.
-            own = F.pad(rows, (0, self.inputs[name] - rows.shape[-1]), value=1.0)
-            self.statistics[name].add(place, own.float(), self.weight(place))
+            more = self.inputs[name] - rows.shape[-1]
+            own = F.pad(rows, (0, more), value=1.0) if more else rows
+            self.statistics[name].add(place, own, self.weight(place))
 
     def weight(self, place: int) -> float:
         """How much what concept `place` sees counts in the closed form."""
@@ -265,8 +267,9 @@ class _Run:
                 up, down = statistics.solve(self.settings.ridge)
             except NotFinite as error:
                 raise ValueError(
-                    f"What {name} is fed with holds NaN or infinite values: run the model in float32 "
-                    "(the webui: --no-half), or leave out the LoRA whose own pictures come out black."
+                    f"What {name} is fed with holds NaN or infinite values: run the model in float32 (the webui: "
+                    "--no-half, the command line: --device cpu), or leave out the LoRA whose own pictures come out "
+                    "black."
                 ) from error
             if isinstance(statistics, NormStatistics):
                 pass  # has no rank

@@ -79,8 +79,8 @@ CORE = (
     "An optimised UNet is active, which hides the model; set SD Unet to None in the settings.",
     "The method concat keeps every rank: choose svd to limit it.",
     "The method {method} cannot merge these LoRAs: in {layer}, {reason}",
-    "What {layer} is fed with holds NaN or infinite values: run the model in float32 (the webui: --no-half), or leave "
-    "out the LoRA whose own pictures come out black.",
+    "What {layer} is fed with holds NaN or infinite values: run the model in float32 (the webui: --no-half, the "
+    "command line: --device cpu), or leave out the LoRA whose own pictures come out black.",
     "Of {name}'s embeddings of {words} for single layers the mean is kept, and the rest made up for as far as "
     "one text for all layers allows.",
     "Of {name}'s embeddings of {words} for single layers the mean is kept.",
