@@ -17,7 +17,7 @@ from toy import ToyHost, toy_lora
 import loraclr
 from loraclr import files, merging
 from loraclr.__main__ import main, parser
-from loraclr.cli import Refused
+from loraclr.cli import Refused, checks
 from loraclr.cli import merge as command
 from loraclr.cli.progress import Line, clock, sentence
 from loraclr.formats import Norm
@@ -610,6 +610,6 @@ class TestProgress:
 
 
 def test_output_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
+    monkeypatch.setattr(checks, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
     with pytest.raises(Refused, match="cannot be written to"):
-        command.check_output(tmp_path / "out.safetensors", [], False)
+        checks.check_output(tmp_path / "out.safetensors", [], False)

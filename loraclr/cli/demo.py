@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from loraclr.cli import Refused, quiet
-from loraclr.cli.merge import check_device
+from loraclr.cli.checks import check_device
 from loraclr.cli.progress import Line
 
 

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 from loraclr.cli import Refused
-from loraclr.cli.merge import LOOP
+from loraclr.cli.options import LOOP
 from loraclr.cli.progress import Line, clock
 from loraclr.cli.summary import measured
 

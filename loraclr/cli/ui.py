@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraclr.cli import Refused, quiet
-from loraclr.cli.merge import DTYPES, check_checkpoint, check_device, refusing
+from loraclr.cli.checks import check_checkpoint, check_device, refusing
+from loraclr.cli.options import DTYPES
 from loraclr.webui import beside
 
 PORT = 7861  # the webui has 7860
