@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -87,16 +88,22 @@ def _normed(module: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Te
     return F.layer_norm(x, module.normalized_shape, scale, shift, module.eps)
 
 
-@contextmanager
-def observed(modules: Mapping[str, nn.Module], tell: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Inside, `tell(name, rows)` gets every input of the given layers as rows (B, tokens, d), detached.
+#: Which of a layer's places are looked at, by its name and how many it has: their numbers, or None for all.
+Choose = Callable[[str, int], Tensor | None]
 
-    A norm layer's are what it has normalised.
+
+@contextmanager
+def observed(
+    modules: Mapping[str, nn.Module], tell: Callable[[str, Tensor], None], choose: Choose = lambda *_: None
+) -> Iterator[None]:
+    """Inside, `tell(name, rows)` gets the inputs of the given layers as rows (B, tokens, d), detached.
+
+    A norm layer's are what it has normalised; a convolution's are what each place of its output sees.
     """
 
     def hook(name: str) -> Callable:
         def before(module: nn.Module, args: tuple) -> None:
-            tell(name, _rows(module, args[0].detach()))
+            tell(name, _rows(module, args[0].detach(), lambda count: choose(name, count)))
 
         return before
 
@@ -108,14 +115,25 @@ def observed(modules: Mapping[str, nn.Module], tell: Callable[[str, Tensor], Non
             handle.remove()
 
 
-def _rows(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's input as (B, tokens, d); a convolution's is unfolded into what each output place sees."""
-    if isinstance(module, nn.GroupNorm):
-        return _normed(module, x).flatten(2).mT
-    if isinstance(module, nn.LayerNorm):
+def _rows(module: nn.Module, x: Tensor, choose: Callable[[int], Tensor | None]) -> Tensor:
+    """A layer's input as (B, tokens, d) at the places that are chosen."""
+    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+        return _windows(module, x, choose)
+    if isinstance(module, NORMS):
         x = _normed(module, x)
-    if not isinstance(module, nn.Conv2d):
-        return x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-    if module.kernel_size == (1, 1):
-        return x.flatten(2).mT
-    return F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
+    rows = x.flatten(2).mT if isinstance(module, nn.Conv2d | nn.GroupNorm) else x.reshape(len(x), -1, x.shape[-1])
+    chosen = choose(rows.shape[1])
+    return rows if chosen is None else rows[:, chosen.to(rows.device)]
+
+
+def _windows(module: nn.Conv2d, x: Tensor, choose: Callable[[int], Tensor | None]) -> Tensor:
+    """What a convolution sees at the places that are chosen; only these are copied: a window is 9 times its input."""
+    tall, wide = module.padding
+    x = F.pad(x, (wide, wide, tall, tall))
+    for side, kernel, step, gap in zip((2, 3), module.kernel_size, module.stride, module.dilation, strict=True):
+        x = x.unfold(side, gap * (kernel - 1) + 1, step)[..., ::gap]
+    height, width = x.shape[2:4]
+    chosen = choose(height * width)
+    chosen = torch.arange(height * width) if chosen is None else chosen
+    x = x[:, :, (chosen // width).to(x.device), (chosen % width).to(x.device)]
+    return x.transpose(1, 2).flatten(2)

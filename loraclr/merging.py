@@ -173,7 +173,8 @@ class _Run:
                 context = self.host.encode([*texts, ""])
             readers = list(filter(capture.is_cross_kv, self.modules))
             if readers and self.weight(place):
-                self.add(place, readers, context.tokens)
+                chosen = self.chosen(readers, context.tokens.shape[1])
+                self.add(place, readers, context.tokens if chosen is None else context.tokens[:, chosen])
         self.solve("Fitting words to pictures")
 
     def practise(self) -> None:
@@ -215,19 +216,26 @@ class _Run:
             return nullcontext()
         groups = {group[0]: group for group in capture.same_inputs(filter(wanted, self.modules))}
         first = {name: self.modules[name] for name in groups}
-        return capture.observed(first, lambda name, rows: self.add(place, groups[name], rows))
+        return capture.observed(
+            first,
+            lambda name, rows: self.add(place, groups[name], rows),
+            lambda name, count: self.chosen(groups[name], count),
+        )
+
+    def chosen(self, names: list[str], count: int) -> Tensor | None:
+        """Which of the `count` places where these layers read are counted: `tokens` of a picture at most."""
+        if names[0] not in self.statistics:
+            self.statistics |= self.begun(names)
+        if count <= self.settings.tokens:
+            return None
+        sums = isinstance(self.statistics[names[0]], Statistics | NormStatistics)
+        # A fit that keeps rows compares concepts row by row: of all of them it gets the same places.
+        generator = self.generator if sums else torch.Generator().manual_seed(self.settings.seed)
+        return torch.randperm(count, generator=generator)[: self.settings.tokens]
 
     @torch.no_grad()
     def add(self, place: int, names: list[str], rows: Tensor) -> None:
-        """Count what these layers all read (B, tokens, d) for concept `place`, `tokens` of each picture at most."""
-        if names[0] not in self.statistics:
-            self.statistics |= self.begun(names)
-        if rows.shape[1] > self.settings.tokens:
-            sums = isinstance(self.statistics[names[0]], Statistics | NormStatistics)
-            # A fit that keeps rows compares concepts row by row: of all of them it gets the same places.
-            generator = self.generator if sums else torch.Generator().manual_seed(self.settings.seed)
-            chosen = torch.randperm(rows.shape[1], generator=generator)[: self.settings.tokens]
-            rows = rows[:, chosen.to(rows.device)]
+        """Count what these layers all read (B, tokens, d) for concept `place`, where it was chosen."""
         rows = rows.float()
         for name in names:
             # The 1 that a change of bias is multiplied by, if any concept changes this layer's bias.

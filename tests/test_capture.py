@@ -93,6 +93,25 @@ def test_observed_rows_give_the_layer_its_output(net: Net) -> None:
         torch.testing.assert_close(rows[name] @ module.weight.flatten(1).T + module.bias, expected)
 
 
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), ((2, 1), (0, 2), 1)])
+def test_a_convolution_is_observed_at_the_places_that_are_chosen(stride, padding, dilation) -> None:
+    wide = nn.Conv2d(3, 4, (3, 2), stride, padding, dilation)
+    x, rows, asked = torch.randn(2, 3, 9, 7), {}, []
+    every = nn.functional.unfold(x, wide.kernel_size, wide.dilation, wide.padding, wide.stride).mT
+
+    def choose(name: str, count: int) -> torch.Tensor:
+        asked.append((name, count))
+        return torch.tensor([5, 0, count - 1])
+
+    with observed({"wide": wide}, rows.__setitem__, choose):
+        wide(x)
+    assert asked == [("wide", every.shape[1])]
+    assert torch.equal(rows["wide"], every[:, [5, 0, every.shape[1] - 1]])
+    with observed({"wide": wide}, rows.__setitem__):
+        wide(x)
+    assert torch.equal(rows["wide"], every)
+
+
 def test_strengths_of_unet_and_text_encoder_are_apart_and_linear() -> None:
     layer = Layer(torch.ones(2, 1), torch.ones(1, 2), alpha=0.5)
     lora = LoRA("a", None, "sd1", {"lora_unet_x_attn1_to_q": layer, "lora_te_text_model_y": layer})
