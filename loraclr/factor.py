@@ -23,9 +23,11 @@ def truncate(
     up: (o, R), down: (R, d), gram: (d, d) = XᵀX of the layer's inputs. Returns (o, r) and (r, d), r ≤ rank, of the
     dtype of `up`, which minimise ‖(ΔW − ΔW')G^½‖_F; without gram, plain ‖ΔW − ΔW'‖_F (Eckart-Young). ΔW itself comes
     back, up to rounding, when its rank is at most `rank`, or when `rank` is None. With "auto" r is the smallest with
-    which `kept` is at least `share`. Singular values are split evenly
-    between the factors. The work is done in float64 and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors
-    of zeros.
+    which `kept` is at least `share`. Singular values are split evenly between the factors. The work is done in float64
+    and never forms an (o, d) matrix. A ΔW of zero gives rank 1 factors of zeros.
+
+    Raises:
+        ValueError: rank is below 1, or share is not in (0, 1].
     """
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")
@@ -57,6 +59,9 @@ def decompose(delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     None: its numerical rank, singular values below 1e-7 of the largest taken for 0. Worked in float64 through the
     smaller of ΔWΔWᵀ and ΔWᵀΔW, which is many times faster than a singular value decomposition of a wide layer. A zero
     ΔW gives rank 1 factors of zeros.
+
+    Raises:
+        ValueError: rank is below 1.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, but must be at least 1")

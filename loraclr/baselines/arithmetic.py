@@ -2,7 +2,8 @@
 
 A change is a pair of factors, up (o, r) and down (r, d), with ΔW = up @ down; scale and strength are folded into it, as
 `loraclr.changes.Changes` has them. What works entry by entry takes dense ΔW (o, d) and gives one back. A LoRA that
-leaves a layer alone is simply not in its list.
+leaves a layer alone is simply not in its list. A density is the share of entries that stay; ValueError if it is not in
+(0, 1].
 """
 
 from __future__ import annotations
