@@ -161,7 +161,7 @@ def figures(
     text = [metrics.text_alignment([v], s.wanted) for v, s in zip(verdicts, shots["concepts"], strict=True)]
     for picture, shot in zip(drawn["beside"], shots["beside"], strict=True):
         text.append(metrics.text_alignment(judge.verdicts(list(halves(picture))), shot.wanted))
-    both = found(judge, shots["pairs"], drawn["pairs"])
+    both, beside = (found(judge, shots[part], drawn[part]) for part in ("pairs", "beside"))
     known = {frozenset(chosen[place].name for place in pair) for pair in seen}
     values = {
         "identity": [metrics.identity(verdict, concept) for verdict, concept in pairs],
@@ -172,7 +172,8 @@ def figures(
         "crosstalk": [float(metrics.crosstalk(verdict, concept, chosen)) for verdict, concept in pairs],
         "two_concept": both,
         "two_new": [right for right, shot in zip(both, shots["pairs"], strict=False) if shot.names not in known],
-        "beside": found(judge, shots["beside"], drawn["beside"]),
+        "beside": beside,
+        "beside_new": [right for right, shot in zip(beside, shots["beside"], strict=False) if shot.is_new],
         "base_top1": found(judge, shots["base"], plain),
         "base_drift": [metrics.drift(a, b) for a, b in zip(plain, base, strict=True)],
         "picture": [metrics.picture_quality(picture) for picture in (*own, *drawn["beside"])],

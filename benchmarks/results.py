@@ -15,9 +15,9 @@ from loraclr.report import Mean, Share, Table
 FIGURES = {
     "identity": "identity", "top1": "top-1", "text": "text", "image": "image", "pixel": "pixel",
     "crosstalk": "cross-talk", "two_concept": "two", "two_new": "two, new", "beside": "beside base",
-    "base_top1": "base top-1", "base_drift": "base drift", "picture": "picture",
+    "beside_new": "beside, new", "base_top1": "base top-1", "base_drift": "base drift", "picture": "picture",
 }  # fmt: skip
-SHARES = {"top1", "crosstalk", "two_concept", "two_new", "beside", "base_top1"}
+SHARES = {"top1", "crosstalk", "two_concept", "two_new", "beside", "beside_new", "base_top1"}
 DELTAS = ("identity", "text", "picture")  # also as the mean difference to the single LoRAs, picture by picture
 #: What stands below the table: always, and for each column that is shown.
 NOTE = "± is one standard error over pictures."
@@ -31,6 +31,7 @@ NOTES = {
     "two_concept": "two: two concepts, each in its half.",
     "two_new": "two, new: of pairs that the merge has not looked at together.",
     "beside": "beside: concept and base object.",
+    "beside_new": "beside, new: with a base object of which merges look at no picture.",
     "base_top1": "base: no trigger.",
     "base_drift": "base drift: RMS difference to the base model, no trigger.",
     "picture": "picture: cleanness, without the judge (benchmarks/metrics.py).",

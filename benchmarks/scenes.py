@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loraclr import prompts
 from miniature import demo
 from miniature.evaluate import Wanted, alone, beside, singles
-from miniature.vocabulary import CONCEPTS, Concept
+from miniature.vocabulary import CLASSES, CONCEPTS, Concept
 
 REPORTING = demo.COLOURS  # no prompt that a merge looks at for a concept names these
 TUNING = ("red", "green", "blue", "gray")
 #: Noise begins here; a merge draws from its own small seed on.
 REPORTING_NOISE, TUNING_NOISE, APART = 1_000_000, 2_000_000, 10_000
 PARTS = ("concepts", "beside", "pairs", "base")
+#: Base objects that are in a picture that merges look at, of any concept and at any speed.
+FAMILIAR = frozenset(CLASSES) & frozenset(
+    re.findall(
+        r"\w+",
+        " ".join((*prompts.SUBJECT, *prompts.STYLE, *prompts.NEUTRAL, *prompts.MORE_NEUTRAL, *prompts.STAND_INS)),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,11 @@ class Shot:
     def names(self) -> frozenset[str]:
         """What must be found: things, and the look if it is not the plain one."""
         return frozenset({*self.wanted.objects, self.wanted.look} - {"plain"})
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it asks for a base object of which merges look at no picture."""
+        return bool(frozenset(CLASSES).intersection(self.wanted.objects) - FAMILIAR)
 
 
 def chosen(count: int, seed: int) -> tuple[Concept, ...]:

@@ -117,6 +117,15 @@ class TestScenes:
             every = [name for names in things for name in names]
             assert len(set(every)) >= 28 and max(map(every.count, every)) <= 3 * len(every) / len(CLASSES)
 
+    def test_base_objects_that_merges_look_at_are_not_new(self) -> None:
+        quick = (*prompts.usual("subject"), *prompts.usual("style"), *prompts.NEUTRAL, *prompts.STAND_INS)
+        assert {name for name in CLASSES if name in " ".join(quick).split()} == scenes.FAMILIAR  # at any speed the same
+        assert {"dog", "key"} <= scenes.FAMILIAR and not {"turtle", "bus"} & scenes.FAMILIAR
+        shots = scenes.reporting((CONCEPT["tiger"], CONCEPT["outline"]), Plan(), 0)["beside"]
+        assert {shot.is_new for shot in shots} == {True, False}
+        for shot in shots:
+            assert shot.is_new == bool(set(shot.wanted.objects) - {"tiger"} - scenes.FAMILIAR)
+
     def test_a_thing_in_a_style_is_one_object(self) -> None:
         shots = scenes.reporting((CONCEPT["tiger"], CONCEPT["outline"]), TINY, 0)["pairs"]
         assert {(shot.wanted.objects, shot.wanted.look) for shot in shots} == {(("tiger",), "outline")}
