@@ -222,6 +222,7 @@ class _Run:
             lambda name, count: self.chosen(groups[name], count),
         )
 
+    @torch.no_grad()
     def chosen(self, names: list[str], count: int) -> Tensor | None:
         """Which of the `count` places where these layers read are counted: `tokens` of a picture at most."""
         if names[0] not in self.statistics:

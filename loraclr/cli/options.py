@@ -83,7 +83,7 @@ class _OfEntry(argparse.Action):
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
-    """Declare them all; those of a LoRA follow its --lora."""
+    """Declare the options; those of a LoRA follow its --lora."""
     parser.set_defaults(entries=None)
     parser.add_argument(
         "--checkpoint",
