@@ -24,14 +24,12 @@ class Entry:
     """What one method draws with, and what it took.
 
     Attributes:
-        each: changes for each concept's own prompts.
-        together: changes for prompts that name two concepts; None: the method has none.
+        changes: what a picture of some concepts, of which it is told the places, is drawn with.
         settings: what the merge was told, for the record.
         seen: pairs of places whose LoRAs the merge has looked at in one picture.
     """
 
-    each: Sequence[Changes]
-    together: Changes | None
+    changes: Callable[[tuple[int, ...]], Changes]
     capture_s: float = 0.0
     merge_s: float = 0.0
     settings: Mapping = field(default_factory=dict)
@@ -56,13 +54,15 @@ class Contender:
 
 def base(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
     """No LoRA at all."""
-    return Entry([{}] * len(concepts), {})
+    nothing: Changes = {}
+    return Entry(lambda _: nothing)
 
 
 def single(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
-    """Each LoRA alone: what a merge is made of."""
+    """What a merge is made of: only the LoRA that a picture is of, or of two concepts both, stacked in the prompt."""
     layers = host.layers()
-    return Entry([concept.changes(layers) for concept in concepts], None)
+    own = [concept.changes(layers) for concept in concepts]
+    return Entry(lambda places: own[places[0]] if len(places) == 1 else methods.stacked([own[k] for k in places]))
 
 
 def by_weights(method: str) -> Run:
@@ -106,7 +106,7 @@ def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
 def _entry(merge: Merge, options: Mapping) -> Entry:
     changes = merge.changes()
     capture = merge.seconds.get("capture", 0.0)
-    return Entry([changes] * len(merge.concepts), changes, capture, sum(merge.seconds.values()) - capture, options)
+    return Entry(lambda _: changes, capture, sum(merge.seconds.values()) - capture, options)
 
 
 def _grid(**values: Sequence) -> tuple[Mapping, ...]:

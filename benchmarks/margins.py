@@ -38,9 +38,9 @@ def cell(host: Standalone, judge: Judge, count: int, plan: Plan, seed: int, loop
     chosen = scenes.chosen(count, seed)
     entry: Entry = reference(host, [to_merge(concept) for concept in chosen], seed, loop)
     shots = scenes.tuning(chosen, plan, seed)
-    pictures = draw(host, entry.each[0], [shot.wanted.prompt for shot in shots], shots[0].noise, plan.steps)
+    pictures = draw(host, entry.changes((0,)), [shot.wanted.prompt for shot in shots], shots[0].noise, plan.steps)
     verdicts = judge.verdicts(pictures)
-    return Mean(tuple(metrics.identity(v, chosen[shot.place]) for v, shot in zip(verdicts, shots, strict=True)))
+    return Mean(tuple(metrics.identity(v, chosen[shot.places[0]]) for v, shot in zip(verdicts, shots, strict=True)))
 
 
 def run(

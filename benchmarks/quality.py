@@ -27,7 +27,6 @@ from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
 from benchmarks.results import COLUMNS, Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
 from loraclr import report
-from loraclr.changes import Changes
 from loraclr.cli import quiet
 from loraclr.hosts.standalone import Standalone
 from miniature.demo import to_merge
@@ -88,7 +87,7 @@ def measure(bench: Bench, key: tuple[int, str, int], contender: Contender) -> Pi
         drawn = {}
         for part in shots:
             known = REFERENCES.get(method) == part
-            drawn[part] = bench.pictures(key, part) if known else drawings(bench, entry, part, shots[part])
+            drawn[part] = bench.pictures(key, part) if known else drawings(bench, entry, shots[part])
             save_strip(drawn[part], bench.strip(key, part))
         values = figures(bench, key, chosen, shots, drawn, entry.seen)
         piece = Piece(**about, values=values, capture_s=entry.capture_s, merge_s=entry.merge_s, settings=dict(options))
@@ -104,7 +103,7 @@ def draw_references(
         strip = bench.strip((count, method, seed), part)
         if not strip.exists():
             entry = CONTENDERS[method].run(bench.host, asked, seed, {})
-            save_strip(drawings(bench, entry, part, shots[part]), strip)
+            save_strip(drawings(bench, entry, shots[part]), strip)
 
 
 def tuned(
@@ -117,28 +116,18 @@ def tuned(
 
     def identity(options: dict) -> float:
         entry = contender.run(bench.host, asked, seed, options)
-        verdicts = bench.judge.verdicts(drawings(bench, entry, "concepts", shots))
-        return sum(metrics.identity(v, chosen[shot.place]) for v, shot in zip(verdicts, shots, strict=True))
+        verdicts = bench.judge.verdicts(drawings(bench, entry, shots))
+        return sum(metrics.identity(v, chosen[shot.places[0]]) for v, shot in zip(verdicts, shots, strict=True))
 
     return dict(max(contender.grid, key=identity))
 
 
-def drawings(bench: Bench, entry: Entry, part: str, shots: Sequence[Shot]) -> list[Image.Image]:
-    """The pictures of one part; none if the method has nothing for it (single LoRAs for two concepts)."""
-
-    def changes_for(place: int, shot: Shot) -> Changes | None:
-        if shot.place is not None:
-            return entry.each[shot.place]
-        if entry.together is None and part == "base":  # one LoRA at a time, each on its share of the prompts
-            return entry.each[place * len(entry.each) // len(shots)]
-        return entry.together
-
+def drawings(bench: Bench, entry: Entry, shots: Sequence[Shot]) -> list[Image.Image]:
+    """The pictures of one part."""
     pictures: list[Image.Image] = []
-    each = [(changes_for(place, shot), shot) for place, shot in enumerate(shots)]
+    each = [(entry.changes(shot.places), shot) for shot in shots]
     for _, group in itertools.groupby(each, key=lambda pair: id(pair[0])):
         (changes, first), *rest = group
-        if changes is None:
-            return []
         prompts = [first.wanted.prompt, *(shot.wanted.prompt for _, shot in rest)]
         pictures += draw(bench.host, changes, prompts, first.noise, bench.plan.steps, bench.tick)
     return pictures
@@ -156,7 +145,7 @@ def figures(
     count, _, seed = key
     single, base = (bench.pictures((count, method, seed), part) for method, part in REFERENCES.items())
     judge, own, plain = bench.judge, drawn["concepts"], drawn["base"]
-    verdicts, concepts = judge.verdicts(own), [chosen[shot.place] for shot in shots["concepts"]]
+    verdicts, concepts = judge.verdicts(own), [chosen[shot.places[0]] for shot in shots["concepts"]]
     pairs = list(zip(verdicts, concepts, strict=True))
     text = [metrics.text_alignment([v], s.wanted) for v, s in zip(verdicts, shots["concepts"], strict=True)]
     for picture, shot in zip(drawn["beside"], shots["beside"], strict=True):
@@ -171,7 +160,7 @@ def figures(
         "pixel": [metrics.drift(a, b) for a, b in zip(own, single, strict=True)],
         "crosstalk": [float(metrics.crosstalk(verdict, concept, chosen)) for verdict, concept in pairs],
         "two_concept": both,
-        "two_new": [right for right, shot in zip(both, shots["pairs"], strict=False) if shot.names not in known],
+        "two_new": [right for right, shot in zip(both, shots["pairs"], strict=True) if shot.names not in known],
         "beside": beside,
         "beside_new": [right for right, shot in zip(beside, shots["beside"], strict=False) if shot.is_new],
         "base_top1": found(judge, shots["base"], plain),
@@ -186,8 +175,6 @@ def found(judge: Judge, shots: Sequence[Shot], pictures: Sequence[Image.Image]) 
 
     The look counts if a style was asked for.
     """
-    if not pictures:
-        return []
     pairs = ((shot.wanted, judged(judge, shot.wanted, picture)) for shot, picture in zip(shots, pictures, strict=True))
     return [float(all(seen.objects) and (seen.look or wanted.look == "plain")) for wanted, seen in pairs]
 

@@ -40,14 +40,17 @@ STYLE = (
     "a horse on a meadow, {}",
 )  # fmt: skip
 PAIR = ("{} and {} in a library", "{} and {} on a beach at sunset")
+#: Measured pictures begin with noise from here on; a merge draws from its own small seed on.
+NOISE = 1_000_000
 METHODS = ("single", "sum", "average", "svd", "ties", "loraclr-closed", "loraclr-fast", "loraclr", "loraclr-best")
 FIGURES = {"text": "text alignment", "image": "image alignment", "identity": "identity alignment"}
 NOTE = """\
 ± is one standard error over pictures; Δ: merged − single, same prompt and noise. text: CLIP's cosine of a picture and
 its prompt, the class words in place of the trigger. image: CLIP's cosine to the concept's references, averaged.
 identity: ArcFace's cosine of the largest face and the references' mean face, 0 where no face is found. two: two
-concepts in one picture, the worse of both, each with the face that suits it best; 0 unless there are two faces. Without
-pictures of one's own the references are pictures by the concept's own LoRA, from other noise."""
+concepts in one picture, the worse of both, each with the face that suits it best; 0 unless there are two faces; of
+single, the LoRAs of both are stacked in the prompt. Without pictures of one's own the references are pictures by the
+concept's own LoRA, from other noise."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def run(
     with host.words(merge.words):
         tell("references")
         references = [
-            one.references or _drawn(host, c, one, plan, True) for one, c in zip(asked, entry.each, strict=True)
+            one.references or _drawn(host, entry.changes((place,)), one, plan, True) for place, one in enumerate(asked)
         ]
     known = [clip.pictures(pictures) for pictures in references]
     people = [_mean_face(pictures, faces) for pictures in references] if faces else []
@@ -167,13 +170,11 @@ def run(
 
 
 def draw(host: Standalone, entry: Entry, asked: Sequence[Asked], plan: Plan, found: Found) -> None:
-    """Every concept on its prompts, and pairs in one picture, if the method has something for these."""
-    found.pictures = [_drawn(host, changes, one, plan) for one, changes in zip(asked, entry.each, strict=True)]
-    if entry.together is None:
-        return
+    """Every concept on its prompts, and pairs in one picture."""
+    found.pictures = [_drawn(host, entry.changes((place,)), one, plan) for place, one in enumerate(asked)]
     for left, right in _pairs(asked):
         prompts = [t.format(asked[left].concept.trigger, asked[right].concept.trigger) for t in PAIR]
-        found.pairs += _sample(host, entry.together, prompts, plan, plan.seed + 9000)
+        found.pairs += _sample(host, entry.changes((left, right)), prompts, plan, plan.seed + NOISE + 9000)
 
 
 def _pairs(asked: Sequence[Asked]) -> list[tuple[int, int]]:
@@ -183,7 +184,7 @@ def _pairs(asked: Sequence[Asked]) -> list[tuple[int, int]]:
 
 
 def _drawn(host: Standalone, changes: Changes, one: Asked, plan: Plan, references: bool = False) -> list[Image.Image]:
-    begin = plan.seed + (5000 if references else 0)
+    begin = plan.seed + NOISE + (5000 if references else 0)
     texts = [template.format(one.concept.trigger) for template in one.templates for _ in range(plan.pictures)]
     return _sample(host, changes, texts, plan, begin)
 

@@ -28,7 +28,7 @@ NOTES = {
     "image": "image: cosine of the judge's features to the single LoRA's picture.",
     "pixel": "pixel: RMS difference to the single LoRA's picture.",
     "crosstalk": "cross-talk: another merged concept found.",
-    "two_concept": "two: two concepts, each in its half.",
+    "two_concept": "two: two concepts, each in its half (single: the LoRAs of both, stacked in the prompt).",
     "two_new": "two, new: of pairs that the merge has not looked at together.",
     "beside": "beside: concept and base object.",
     "beside_new": "beside, new: with a base object of which merges look at no picture.",

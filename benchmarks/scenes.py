@@ -28,7 +28,10 @@ FAMILIAR = frozenset(CLASSES) & frozenset(
 
 @dataclass(frozen=True)
 class Plan:
-    """How many pictures: of each concept, of each beside a base object, of pairs, of base classes, to tune with."""
+    """How many pictures: of each concept, of each beside a base object, of pairs, of base classes, to tune with.
+
+    Of pairs there are more where each concept would else come up in fewer of them than it has pictures of its own.
+    """
 
     concept: int = 8
     beside: int = 4
@@ -43,10 +46,15 @@ QUICK = Plan(concept=4, beside=2, pairs=8, base=8, tune=0, steps=10)
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture to draw: the concept that it is about (its place among the merged ones; None: a base prompt)."""
+    """One picture to draw.
+
+    Attributes:
+        places: of the concepts that it is about, among the merged ones; of a base prompt, whose LoRA is on if each acts
+            alone.
+    """
 
     wanted: Wanted
-    place: int | None
+    places: tuple[int, ...]
     noise: int
 
     @property
@@ -70,26 +78,28 @@ def reporting(concepts: Sequence[Concept], plan: Plan, seed: int) -> dict[str, l
     """Everything that is drawn for one row, by part.
 
     Base objects come in turn from concept to concept and from seed to seed: asked of every concept, a few words that
-    come out well or badly would be the figure.
+    come out well or badly would be the figure. If there are more pairs than pictures of pairs, each seed draws others.
     """
     turns = [(concept, place, 3 * seed + place) for place, concept in enumerate(concepts)]
+    count, rng = max(plan.pairs, len(concepts) * plan.concept // 2), random.Random(f"pairs {seed}")
+    two = [(_pair(*pair), tuple(map(concepts.index, pair[:2]))) for pair in demo.pairs_of(concepts, count, rng)]
     parts = {
-        "concepts": [(w, k) for c, k, n in turns for w in alone(c, plan.concept, REPORTING, n * plan.concept)],
-        "beside": [(w, k) for c, k, n in turns for w in beside(c, plan.beside, REPORTING, n * plan.beside)],
-        "pairs": [(_pair(*pair), None) for pair in demo.pairs_of(concepts, plan.pairs)],
-        "base": [(w, None) for w in singles(plan.base, REPORTING)],
+        "concepts": [(w, (k,)) for c, k, n in turns for w in alone(c, plan.concept, REPORTING, n * plan.concept)],
+        "beside": [(w, (k,)) for c, k, n in turns for w in beside(c, plan.beside, REPORTING, n * plan.beside)],
+        "pairs": two,
+        "base": [(w, (k * len(concepts) // plan.base,)) for k, w in enumerate(singles(plan.base, REPORTING))],
     }
     start = REPORTING_NOISE + seed * APART
     return {
-        part: [Shot(wanted, place, start + 1000 * PARTS.index(part) + k) for k, (wanted, place) in enumerate(shots)]
+        part: [Shot(wanted, places, start + 1000 * PARTS.index(part) + k) for k, (wanted, places) in enumerate(shots)]
         for part, shots in parts.items()
     }
 
 
 def tuning(concepts: Sequence[Concept], plan: Plan, seed: int) -> list[Shot]:
     """What options are chosen on."""
-    shots = [(w, k) for k, c in enumerate(concepts) for w in alone(c, plan.tune, TUNING)]
-    return [Shot(wanted, place, TUNING_NOISE + seed * APART + k) for k, (wanted, place) in enumerate(shots)]
+    shots = [(w, (k,)) for k, c in enumerate(concepts) for w in alone(c, plan.tune, TUNING)]
+    return [Shot(wanted, places, TUNING_NOISE + seed * APART + k) for k, (wanted, places) in enumerate(shots)]
 
 
 def _pair(left: Concept, right: Concept, prompt: str) -> Wanted:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,9 +216,16 @@ def prompts_of(concept: Concept, count: int) -> list[str]:
     return prompts
 
 
-def pairs_of(concepts: Sequence[Concept], count: int) -> list[tuple[Concept, Concept, str]]:
-    """`count` prompts for two concepts in one picture, in both orders: two things, or a thing in a style."""
+def pairs_of(
+    concepts: Sequence[Concept], count: int, rng: random.Random | None = None
+) -> list[tuple[Concept, Concept, str]]:
+    """`count` prompts for two concepts in one picture, in both orders: two things, or a thing in a style.
+
+    rng: chooses, if there are more such pairs than `count`; None takes the first ones, which are of the first concepts.
+    """
     usable = [pair for pair in itertools.permutations(concepts, 2) if not pair[0].is_style]
+    if rng is not None and len(usable) > count:
+        usable = _spread(usable, count, rng)
     prompts = []
     for place, (left, right) in zip(range(count), itertools.cycle(usable or [()]), strict=False) if usable else ():
         colour = COLOURS[place % len(COLOURS)]
@@ -225,6 +234,17 @@ def pairs_of(concepts: Sequence[Concept], count: int) -> list[tuple[Concept, Con
         else:
             prompts.append((left, right, f"a {left.phrase} and a {right.phrase} on a {colour} background"))
     return prompts
+
+
+def _spread(pairs: Sequence[tuple[Concept, Concept]], count: int, rng: random.Random) -> list[tuple[Concept, Concept]]:
+    """`count` of the pairs at random, but every concept in about as many of them as any other."""
+    left, times, chosen = rng.sample(pairs, len(pairs)), Counter[Concept](), []
+    for _ in range(count):
+        pair = min(left, key=lambda two: sorted((times[two[0]], times[two[1]]), reverse=True))
+        left.remove(pair)
+        times.update(pair)
+        chosen.append(pair)
+    return chosen
 
 
 def judged(judge: Judge, concept: Concept, prompts: list[str], pictures: list[Image.Image]) -> Drawing:
