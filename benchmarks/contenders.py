@@ -113,7 +113,7 @@ def _grid(**values: Sequence) -> tuple[Mapping, ...]:
     return tuple(dict(zip(values, one, strict=True)) for one in itertools.product(*values.values()))
 
 
-SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5), (0.2, 0.5, 0.8)
+SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5, 2.2, 3.3), (0.1, 0.2, 0.5, 0.8)
 #: What users of block weights try first: all blocks, or only the shallow, the deep, the first or the last ones.
 BLOCKS = (
     "BASE=1", "IN04-OUT11=0", "IN00-IN04=0 M00-OUT11=0", "M00-OUT11=0", "IN00-IN04=0 OUT08-OUT11=0",
@@ -126,7 +126,7 @@ CONTENDERS: dict[str, Contender] = {
     "base": Contender(base),
     "single": Contender(single),
     "sum": Contender(by_weights("sum")),
-    "weighted-sum": Contender(by_weights("sum"), _grid(scale=(0.2, 0.3, 0.45, 0.7, 1.0))),
+    "weighted-sum": Contender(by_weights("sum"), _grid(scale=(0.2, 0.3, *SCALES[:4]))),
     "block-weights": Contender(by_blocks, _grid(blocks=BLOCKS, scale=(0.45, 0.7, 1.0))),
     "average": Contender(by_weights("average")),
     "factor-sum": Contender(by_weights("factor-sum")),

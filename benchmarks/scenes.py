@@ -28,9 +28,14 @@ FAMILIAR = frozenset(CLASSES) & frozenset(
 
 @dataclass(frozen=True)
 class Plan:
-    """How many pictures: of each concept, of each beside a base object, of pairs, of base classes, to tune with.
+    """How many pictures, and in how many steps each.
 
-    Of pairs there are more where each concept would else come up in fewer of them than it has pictures of its own.
+    Attributes:
+        concept: of each concept.
+        beside: of each concept beside a base object.
+        pairs: of two concepts; more, if each concept would else be in fewer of these than there are of itself.
+        base: of base objects.
+        tune: of each concept, to choose options by; of fewer than four concepts more, as many as of four.
     """
 
     concept: int = 8
@@ -98,7 +103,8 @@ def reporting(concepts: Sequence[Concept], plan: Plan, seed: int) -> dict[str, l
 
 def tuning(concepts: Sequence[Concept], plan: Plan, seed: int) -> list[Shot]:
     """What options are chosen on."""
-    shots = [(w, (k,)) for k, c in enumerate(concepts) for w in alone(c, plan.tune, TUNING)]
+    each = plan.tune * max(1, 4 // len(concepts))
+    shots = [(w, (k,)) for k, c in enumerate(concepts) for w in alone(c, each, TUNING)]
     return [Shot(wanted, places, TUNING_NOISE + seed * APART + k) for k, (wanted, places) in enumerate(shots)]
 
 

@@ -241,7 +241,7 @@ class TestRun:
         assert row["settings"] in grid
         assert row["seeds"] == 2
         tuned = [noise for _, noise, _ in host.drawn if noise >= scenes.TUNING_NOISE]
-        assert len(tuned) == len(grid) * 2 * TINY.tune
+        assert len(tuned) == len(grid) * 4 * TINY.tune, "of two concepts as many as of four"
 
 
 @pytest.fixture(scope="module")
