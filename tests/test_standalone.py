@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import yaml
 from peft.tuners.lora import LoraLayer
 
 import loraclr
@@ -60,6 +62,57 @@ def test_a_folder_of_diffusers_is_opened(host, family: Family, tmp_path: Path) -
     assert again.size == 8 * tiny.SIDE
     torch.testing.assert_close(again.encode(["a cat"]).tokens, host.encode(["a cat"]).tokens)
     assert again.layers().keys() == host.layers().keys()
+
+
+def behind(monkeypatch: pytest.MonkeyPatch, pipeline, folder: Path) -> None:
+    """Let the folder stand in for the hub, where diffusers looks for what a checkpoint lacks."""
+    pipeline.save_pretrained(folder)
+    kind = type(pipeline)
+    monkeypatch.setattr(kind, "from_single_file", partial(kind.from_single_file, config=str(folder)))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_usual_yaml_beside_a_checkpoint_is_no_hindrance(family: Family, tmp_path: Path, monkeypatch) -> None:
+    """It does not say where a tokenizer is, as the miniature's does."""
+    if family == "sd1":
+        path = checkpoint.install(tmp_path / "models")
+        pipeline = open_checkpoint(path, "cpu").pipeline
+        path.with_suffix(".yaml").write_text(yaml.safe_dump(without_tokenizer()))
+    else:
+        path, pipeline = tiny.install(family, tmp_path / "models"), tiny.pipeline(family, tmp_path / "clip")
+    behind(monkeypatch, pipeline, tmp_path / "hub")
+    host, wanted = open_checkpoint(path, "cpu"), Standalone(pipeline).encode(["a cat"]).tokens
+    assert host.family == family
+    assert (host.encode(["a cat"]).tokens - wanted).norm() < 1e-2 * wanted.norm()  # the file is in half precision
+
+
+def without_tokenizer() -> dict:
+    """The miniature's yaml as that of SD 1.x is."""
+    config = checkpoint.ldm_yaml("")
+    del config["model"]["params"]["cond_stage_config"]["params"]
+    return config
+
+
+@pytest.mark.parametrize("tokenizer", ["miniature-clip", "openai/clip-vit-large-patch14", None])
+def test_a_yaml_that_says_v_is_believed(tokenizer: str | None, tmp_path: Path, monkeypatch) -> None:
+    """Nothing in a checkpoint of SD 1.x tells. Only the first tokenizer is a folder here."""
+    path = checkpoint.install(tmp_path)
+    behind(monkeypatch, open_checkpoint(path, "cpu").pipeline, tmp_path / "hub")
+    config = checkpoint.ldm_yaml(tokenizer) if tokenizer else without_tokenizer()
+    config["model"]["params"]["parameterization"] = "v"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(config))
+    assert open_checkpoint(path, "cpu").target == "v"
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"^The checkpoint x\.ckpt is cut off or is not a \.safetensors file; .*\.$"):
+        open_checkpoint(path, "cpu")
+    for said in ("model: {", "- a list", "model: {}"):
+        (tmp_path / "x.yaml").write_text(said)
+        with pytest.raises(ValueError, match=r"x\.yaml beside it describes no model; correct it or move it away$"):
+            open_checkpoint(path, "cpu")
 
 
 def test_what_a_unet_predicts_shows_at_the_last_timestep() -> None:

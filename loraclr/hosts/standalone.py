@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from loraclr.embeddings import Embeddings
@@ -132,9 +133,9 @@ def _family(pipeline) -> Family:
 def open_checkpoint(path: str | Path, device: str | torch.device | None = None) -> Standalone:
     """Load a Stable Diffusion 1.x, 2.x or XL model: a checkpoint in the original layout, or a folder of diffusers.
 
-    A yaml of the same name beside an SD 1.x checkpoint, if there is one, describes the model (and names its tokenizer's
-    folder), as the webui reads it. Without one diffusers tells the family from the file, and gets its configuration and
-    tokenizer from the hub or the local cache.
+    Diffusers tells the family from the file, and gets its configuration and tokenizer from the hub or the local cache.
+    A yaml of the same name beside a checkpoint of SD 1.x or 2.x, as the webui reads it, is believed if it says that the
+    model predicts v. One that names a folder with the tokenizer is all that an SD 1.x model is built from.
 
     Raises:
         ValueError: the file is missing or is no such checkpoint.
@@ -152,6 +153,10 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
         pipeline = _pipeline(path, device, dtype)
+    except SafetensorError as error:
+        raise ValueError(
+            f"The checkpoint {path.name} is cut off or is not a .safetensors file; get it again, or convert it."
+        ) from error
     except (KeyError, RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{path.name} cannot be loaded as a Stable Diffusion checkpoint: {error}") from error
     if type(pipeline).__name__ not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
@@ -167,19 +172,22 @@ def open_checkpoint(path: str | Path, device: str | torch.device | None = None) 
 def _pipeline(path: Path, device: torch.device, dtype: torch.dtype):
     """The pipeline on its device; read in the precision that it is to have, which halves what the CPU needs for it."""
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from safetensors import safe_open
 
     if path.is_dir():
         return DiffusionPipeline.from_pretrained(path, local_files_only=True, torch_dtype=dtype).to(device)
-    yaml_path = path.with_suffix(".yaml")
-    if yaml_path.exists():
-        return _from_yaml(path, yaml_path).to(device, dtype)
+    described = _described(path.with_suffix(".yaml"))
+    # Usual yamls leave the tokenizer out, or name it as the hub does.
+    clip = described.get("cond_stage_config", {}).get("params", {}).get("version")
+    if clip and (path.parent / clip).is_dir():
+        return _from_yaml(path, described, path.parent / clip).to(device, dtype)
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
     if not any(key.startswith("conditioner.") for key in keys):
         pipeline = StableDiffusionPipeline.from_single_file(str(path), safety_checker=None, torch_dtype=dtype)
         pipeline.to(device)
-        if _family(pipeline) == "sd2":  # both kinds of SD 2.x look alike
+        if described.get("parameterization") == "v":
+            pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+        elif _family(pipeline) == "sd2":  # both kinds of SD 2.x look alike
             predicts = "epsilon" if predicts_noise(pipeline.unet) else "v_prediction"
             pipeline.scheduler.register_to_config(prediction_type=predicts)
         return pipeline
@@ -200,9 +208,20 @@ def predicts_noise(unet) -> bool:
     return torch.cosine_similarity(prediction.flatten(), x.flatten(), dim=0).item() > 0.5
 
 
-def _from_yaml(path: Path, yaml_path: Path):
-    """A pipeline built from the original layout's own configuration, by diffusers' converters."""
+def _described(yaml_path: Path) -> dict:
+    """What a yaml in the original layout says of the model, its `model.params`; nothing if there is no such file."""
+    if not yaml_path.exists():
+        return {}
     import yaml
+
+    try:
+        return yaml.safe_load(yaml_path.read_text(encoding="utf-8"))["model"]["params"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{yaml_path.name} beside it describes no model; correct it or move it away") from error
+
+
+def _from_yaml(path: Path, params: dict, clip: Path):
+    """A pipeline built from the original layout's own configuration, by diffusers' converters; `clip`: tokenizer."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.loaders.single_file_utils import (
         convert_ldm_unet_checkpoint,
@@ -213,8 +232,7 @@ def _from_yaml(path: Path, yaml_path: Path):
     from safetensors.torch import load_file
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    config = yaml.safe_load(yaml_path.read_text())
-    params = config["model"]["params"]
+    config = {"model": {"params": params}}
     tensors = {name: value.float() for name, value in load_file(path).items()}
 
     unet_config = create_unet_diffusers_config_from_ldm(config, tensors)
@@ -225,8 +243,6 @@ def _from_yaml(path: Path, yaml_path: Path):
     vae = AutoencoderKL.from_config(vae_config)
     vae.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), vae_config))
 
-    clip = Path(params["cond_stage_config"]["params"]["version"])
-    clip = clip if clip.is_absolute() else yaml_path.parent / clip
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(clip))
     prefix = "cond_stage_model.transformer.text_model."
     flat = "text_model." if any(name.startswith("text_model.") for name in text_encoder.state_dict()) else ""
@@ -241,6 +257,7 @@ def _from_yaml(path: Path, yaml_path: Path):
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type="v_prediction" if params.get("parameterization") == "v" else "epsilon",
     )
     return StableDiffusionPipeline(
         vae=vae,
