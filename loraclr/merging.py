@@ -103,8 +103,8 @@ def merge(
 
 def cares(left: Sequence[float], power: float) -> list[float]:
     """How much is to be learnt of each concept, 1 on average: by a power of the share of its effect that is missed."""
-    # NaN: the model overflowed in half precision there.
-    powers = [1.0 if math.isnan(share) else max(share, 0.0) ** power for share in left]
+    # NaN or infinite: the model overflowed in half precision there.
+    powers = [max(share, 0.0) ** power if math.isfinite(share) else 1.0 for share in left]
     whole = sum(powers)
     return [one * len(left) / whole if whole else 1.0 for one in powers]
 
