@@ -243,9 +243,11 @@ def _merged(method: Method, present: Sequence[Factors], layer: Layerwise) -> tup
     most = min(present[0][0].shape[0], present[0][1].shape[1])
     rank = options.rank or min(max(ranks) if method.name == "svd" else sum(ranks), most)
     if isinstance(merged, Tensor):
-        merged, dense = decompose(options.scale * merged, None if rank == "auto" else rank), options.scale * merged
+        dense = options.scale * merged
+        merged = decompose(dense, None if rank == "auto" else rank)
         if rank != "auto":
-            return merged, energy(*merged) / max(float(in_float64(dense).square().sum()), 1e-300)
+            whole = float(in_float64(dense).square().sum())
+            return merged, energy(*merged) / whole if whole else 1.0  # as `kept`, whose d×d matrix would be large
     else:
         merged = options.scale * merged[0], merged[1]
         if rank != "auto" and merged[1].shape[0] <= rank:

@@ -386,6 +386,16 @@ class TestCombine:
             torch.testing.assert_close(layer.delta(), own * a + b)
         assert result.recipe()["concepts"][0]["blocks"]["M00"] == -1.5
 
+    @pytest.mark.parametrize("method", ["ties", "svd"])
+    def test_a_layer_that_no_lora_changes_is_kept_whole(self, method: str) -> None:
+        concepts = self.concepts()
+        name = next(iter(concepts[0].lora.layers))
+        for concept in concepts:
+            concept.lora.layers[name].up.zero_()
+        result = methods.combine(concepts, method, Options(rank=1))
+        assert not result.layers[name].delta().any() and result.kept[name] == 1
+        assert all(0 < share <= 1 + 1e-6 for share in result.kept.values())
+
     def test_dare_is_the_same_for_a_seed(self) -> None:
         runs = [methods.combine(self.concepts(), "dare-linear", Options(seed=seed)) for seed in (0, 0, 1)]
         name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2"
