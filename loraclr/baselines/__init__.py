@@ -1,1 +1,1 @@
-"""What others do to merge LoRAs: on weights (`arithmetic`, `blocks`) and on a layer's inputs (`fitting`)."""
+"""What others do to merge LoRAs: on weights (`arithmetic`) and on a layer's inputs (`fitting`)."""
