@@ -1,4 +1,4 @@
-"""LoRACLR's objective (CVPR 2025, Eq. 1-5) as pure functions, and its positive term written with Gram sums.
+"""LoRACLR's objective (CVPR 2025, Eq. 1-5) as pure functions.
 
 For one layer, concept i has targets Y_i (what the layer puts out with LoRA i) and predictions Ŷ_i (what the merged
 layer puts out for the same inputs), both (n_i, o). The paper says ‖Y − Ŷ‖ without saying of what; both readings are
@@ -77,16 +77,6 @@ def objective(
 ) -> Tensor:
     """Eq. 5 for one layer: contrastive loss plus delta penalty, with the paper's m = 0.5 and λ = 0.001. A scalar."""
     return contrastive(targets, predictions, margin, distance) + delta_penalty(delta, penalty)
-
-
-def positive_from_sums(delta: Tensor, deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-    """Σ_i ‖X_i(ΔW − ΔW_i)ᵀ‖² = Σ_i tr((ΔW − ΔW_i) G_i (ΔW − ΔW_i)ᵀ), the positive term without any sample.
-
-    delta and deltas: (o, d); grams: G_i = X_iᵀX_i (d, d). This is Σ_i d_p,i² of "flat", since
-    Y_i − Ŷ_i = X_i(ΔW_i − ΔW)ᵀ.
-    """
-    terms = [((delta - own) @ gram * (delta - own)).sum() for own, gram in zip(deltas, grams, strict=True)]
-    return torch.stack(terms).sum()
 
 
 def _rows(features: Tensor, distance: Distance) -> Tensor:

@@ -112,9 +112,10 @@ def test_no_other_change_has_a_smaller_ridged_error():
     sums = statistics(changes, inputs, [1.0, 1.0], 6)
     up, down = sums.solve(1e-2)
     delta = (up @ down).requires_grad_()
-    deltas, grams = [dense(change, 5, 6) for change in changes], [x.T @ x for x in inputs]
+    targets = [x @ dense(change, 5, 6).T for x, change in zip(inputs, changes, strict=True)]
+    near = objective.positive_distances(targets, [x @ delta.T for x in inputs], "flat")
     ridge = 1e-2 * sums.gram.diagonal().mean()
-    loss = objective.positive_from_sums(delta, deltas, grams) + ridge * delta.square().sum()
+    loss = torch.cat(near).square().sum() + ridge * delta.square().sum()
     (gradient,) = torch.autograd.grad(loss, delta)
     assert gradient.abs().max() < 1e-9 * sums.gram.diagonal().mean()
 
