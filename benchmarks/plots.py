@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.contenders import ON_REQUEST
@@ -48,21 +49,43 @@ def _colours(rows: Sequence[Mapping]) -> dict[str, Colour]:
     return {method: fixed.get(method) or named[method] for method in methods}
 
 
+#: How a mean looks that is of fewer sets of LoRAs than others of their number, and so not of the same LoRAs.
+_HOLLOW = {"linestyle": "none", "markerfacecolor": "white", "markersize": 5, "zorder": 3}
+
+
+def _fewer(rows: Sequence[Mapping]) -> set[tuple[int, str]]:
+    """Number of LoRAs and method where fewer sets were measured than of another method with as many LoRAs."""
+    most: dict[int, int] = {}
+    for row in rows:
+        most[row["concepts"]] = max(row["seeds"], most.get(row["concepts"], 0))
+    return {(row["concepts"], row["method"]) for row in rows if 0 < row["seeds"] < most[row["concepts"]]}
+
+
+def _legend(figure: Figure, named: Mapping[str, Artist], fewer: bool) -> None:
+    hollow = {"open: fewer sets of LoRAs": Line2D([], [], marker="o", color="black", **_HOLLOW)} if fewer else {}
+    named = {**named, **hollow}
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=9)
+
+
 def against_count(rows: Sequence[Mapping], path: Path) -> Path:
-    """Each figure over N, a line with error bars for each method; the single LoRAs dotted, as in the paper's Fig. 5."""
+    """Each figure over N, a line with error bars for each method; the single LoRAs dotted, as in the paper's Fig. 5.
+
+    A mean over fewer sets of LoRAs than others beside it has an open marker.
+    """
+    fewer = _fewer(rows)
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 3).flat, SHOWN.items(), strict=True):
         for method, colour in _colours(rows).items():
-            _line(axes, [row for row in rows if row["method"] == method], name, colour)
+            _line(axes, [row for row in rows if row["method"] == method], name, colour, fewer)
         axes.set(title=title, xlabel="concepts merged", xticks=sorted({row["concepts"] for row in rows}))
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[2].get_legend_handles_labels()  # every method has an identity
-    figure.legend(handles, labels, loc="outside right upper", fontsize=9)
+    _legend(figure, dict(zip(labels, handles, strict=True)), bool(fewer))
     figure.savefig(path, dpi=130)
     return path
 
 
-def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: Colour) -> None:
+def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: Colour, fewer: set[tuple[int, str]]) -> None:
     drawn = sorted((row for row in rows if row[name] is not None), key=lambda row: row["concepts"])
     if not drawn:
         return
@@ -70,11 +93,18 @@ def _line(axes: Axes, rows: Sequence[Mapping], name: str, colour: Colour) -> Non
     looks = {"linestyle": ":" if method == "single" else "-", "linewidth": 2.4 if method.startswith("loraclr") else 1.2}
     errors = [row[f"{name}_se"] or 0.0 for row in drawn]
     places, values = [row["concepts"] for row in drawn], [row[name] for row in drawn]
-    axes.errorbar(places, values, errors, marker="o", markersize=3, capsize=2, label=method, color=colour, **looks)
+    axes.errorbar(places, values, errors, marker="o", markersize=4, capsize=2, label=method, color=colour, **looks)
+    hollow = [(place, value) for place, value in zip(places, values, strict=True) if (place, method) in fewer]
+    if hollow:
+        axes.plot(*zip(*hollow, strict=True), marker="o", color=colour, **_HOLLOW)
 
 
 def against_cost(rows: Sequence[Mapping], path: Path) -> Path:
-    """Identity over seconds of capture and merge, a panel for each number of concepts; the single LoRAs dotted."""
+    """Identity over seconds of capture and merge, a panel for each number of concepts; the single LoRAs dotted.
+
+    A mean over fewer sets of LoRAs than others in its panel has an open marker.
+    """
+    fewer = _fewer(rows)
     counts = sorted({row["concepts"] for row in rows})
     figure = Figure(figsize=(1.5 + 3.2 * len(counts), 4), layout="constrained")
     every = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
@@ -88,14 +118,15 @@ def against_cost(rows: Sequence[Mapping], path: Path) -> Path:
             if method == "single":
                 named[method] = axes.axhline(row["identity"], linestyle=":", color=colours[method])
             elif seconds > 0:
-                looks = {"marker": "D" if method.startswith("loraclr") else "o", "linestyle": "none", "capsize": 2}
+                looks = {"marker": "D" if method.startswith("loraclr") else "o", "color": colours[method]}
                 error = row["identity_se"] or 0.0
-                named[method] = axes.errorbar(seconds, row["identity"], error, color=colours[method], **looks)
+                named[method] = axes.errorbar(seconds, row["identity"], error, linestyle="none", capsize=2, **looks)
+                if (count, method) in fewer:
+                    axes.plot(seconds, row["identity"], **looks, **_HOLLOW)
         axes.set(xscale="log", xlabel="seconds", title=f"{count} concepts")
         axes.grid(alpha=0.25)
     every[0].set_ylabel("identity alignment")
-    shown = [method for method in colours if method in named]
-    figure.legend([named[method] for method in shown], shown, loc="outside right upper", fontsize=9)
+    _legend(figure, {method: named[method] for method in colours if method in named}, bool(fewer))
     figure.savefig(path, dpi=130)
     return path
 

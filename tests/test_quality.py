@@ -361,6 +361,26 @@ def test_a_method_has_one_colour_in_every_panel(tmp_path: Path, monkeypatch: pyt
     assert all(len(found) == 1 for found in colours.values())
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize(("plot", "places"), [("against_count", [2] * 6), ("against_cost", [3.0])])
+def test_means_of_fewer_sets_are_told_from_the_others(monkeypatch: pytest.MonkeyPatch, plot, places, few: bool) -> None:
+    """With two LoRAs the last method has one set of two, or as many as the others; with four all have one."""
+    plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
+    kept = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    values = {figure: [1.0, 0.0] for figure in FIGURES}
+    measured = [
+        (n, name, seed) for n, seeds in ((2, (0, 1)), (4, (0,))) for seed in seeds for name in ("single", "sum")
+    ]
+    measured += [(2, "ties", 0), (4, "ties", 0), *([] if few else [(2, "ties", 1)])]
+    pieces = [Piece(*key, {}, values, 1.0, 2.0) for key in measured]
+    getattr(plots, plot)(results.rows([*pieces, Piece(2, "factor-sum", 0, {}, refused="no")]), Path("never"))
+    hollow = [line for axes in kept[0].axes for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in hollow] == ([(x, 0.5) for x in places] if few else [])
+    told = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert told == ["single", "sum", "ties", *(["open: fewer sets of LoRAs"] if few else [])]
+
+
 @pytest.mark.parametrize(("others", "told", "seed"), [([], (), 0), ([4], (2, 1), 1)])
 def test_grid_has_a_row_for_each_method_and_a_column_for_each_concept(tmp_path: Path, others, told, seed) -> None:
     plots = pytest.importorskip("benchmarks.plots", exc_type=ImportError)
