@@ -48,7 +48,7 @@ def encoder(tensor: Tensor, family: Family) -> str | None:
     """The encoder whose words have the width of this tensor; None if it is no embedding of the family."""
     if tensor.ndim not in (1, 2) or tensor.numel() == 0 or not tensor.is_floating_point():
         return None
-    if not torch.isfinite(tensor.float()).all():
+    if not tensor.is_meta and not torch.isfinite(tensor.float()).all():  # an outline has no values
         return None
     return _ENCODERS[family].get(tensor.shape[-1])
 

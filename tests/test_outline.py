@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_formats import ALGORITHMS, LAYERS, trained
 
 from loraclr import files, outline
 from loraclr.lora import LoRAFormatError
+from loraclr.webui import card
 
 
 def sizes(lora) -> dict:
@@ -43,6 +45,20 @@ def test_what_is_no_lora_gets_the_reader_s_sentence(tmp_path: Path, content: byt
     with pytest.raises(LoRAFormatError) as outlined:
         outline.load(path)
     assert str(outlined.value) == str(whole.value)
+
+
+def test_words_that_a_file_brings_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names and shapes are known, so that the tab has a card for the file."""
+    stem = LAYERS["linear"][0]
+    path = tmp_path / "one.safetensors"
+    tensors = {f"{stem}.lora_up.weight": torch.ones(16, 2), f"{stem}.lora_down.weight": torch.ones(2, 24)}
+    save_file(tensors | {"bundle_emb.tiger.string_to_param.*": torch.ones(2, 768)}, path)
+    outlined = outline.load(path)
+    assert outlined.unused == () and outlined.triggers() == "tiger"
+    assert outlined.words["tiger"]["clip_l"].shape == (2, 768) and outlined.words["tiger"]["clip_l"].is_meta
+    monkeypatch.setattr(card, "here", lambda: SimpleNamespace(notes=lambda _: {}))
+    told = card.of(path)
+    assert (told.problem, told.trigger, told.noted) == ("", "tiger", "")
 
 
 def test_values_are_not_read(tmp_path: Path) -> None:
