@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -168,3 +169,39 @@ def test_torchscript_is_not_even_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(LoRAFormatError, match="holds no tensors"):
         files.load(tmp_path / "bad.pt")
+
+
+def tarred() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"), io.BytesIO())
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("front", [saved(edlora(), _use_new_zipfile_serialization=False), tarred()])
+def test_an_old_layout_with_a_zip_file_behind_it_is_not_even_opened(tmp_path, monkeypatch, front):
+    """Python finds the zip file at the end, PyTorch goes by the first bytes."""
+    (tmp_path / "bad.pt").write_bytes(front + zipped(data=b"."))
+    assert zipfile.is_zipfile(tmp_path / "bad.pt")
+    monkeypatch.setattr(torch.serialization, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(LoRAFormatError, match=r"^bad\.pt is cut off or is not a file that PyTorch 1.6 or newer"):
+        files.load(tmp_path / "bad.pt")
+
+
+def test_torchscript_that_only_pytorch_sees_is_not_even_opened(tmp_path, monkeypatch):
+    """Of two lists of names Python takes the one right before the end, PyTorch the one that the end tells."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, member in (("version", "3\n"), ("data.pkl", "."), ("constants.pkl", ".")):
+            archive.writestr(f"archive/{name}", member)
+    whole = content.getvalue()
+    listed, end = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+    harmless = whole[listed:end].replace(b"constants.pkl", b"something.pkl")
+    path = tmp_path / "bad.pt"
+    path.write_bytes(whole[:end] + harmless + whole[end:])
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["archive/version", "archive/data.pkl", "archive/something.pkl"]
+    assert "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    monkeypatch.setattr(torch.serialization, "load", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(LoRAFormatError, match=r"^bad\.pt is a zip file, but holds no tensors"):
+        files.load(path)
