@@ -299,8 +299,9 @@ def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str
 
 
 def _write(path: Path, content: bytes) -> None:
-    # In the same folder, so that the final rename is atomic; with an ending that the webui does not list.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # In the same folder, so that the final rename is atomic; with an ending that the webui does not list, and short,
+    # so that every name that the file system takes can be written.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(content)

@@ -229,6 +229,12 @@ def test_a_failed_save_leaves_the_folder_as_it_was(saved, monkeypatch, failing):
     assert os.listdir(saved.parent) == [saved.name]
 
 
+def test_every_name_that_the_file_system_takes_can_be_written(tmp_path):
+    """255 bytes with the ending."""
+    path = files.save(tmp_path / f"{'老' * 81}.safetensors", layers(), {})
+    assert files.load(path).name == "老" * 81
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX file modes")
 def test_the_file_is_readable_as_any_other_new_file(tmp_path):
     before = os.umask(0o022)

@@ -13,7 +13,8 @@ from loraclr.webui.surroundings import here
 # Refused on some system, or by the webui's <lora:NAME:1>.
 _UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-_LONGEST = 120  # characters of a name; file systems allow 255 bytes
+_LONGEST = 120  # characters of a name
+_BYTES = 230  # of a name; file systems allow 255, and ".safetensors" or ".preview.png" comes behind it
 
 
 def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
@@ -32,9 +33,10 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
         raise ValueError(say("The name must not contain {signs}; choose another one.", signs=shown))
     if name.startswith(".") or name.endswith((".", " ")) or _DEVICES.fullmatch(name):
         raise ValueError(say('"{name}" cannot be used as a file name; choose another one.', name=name))
-    if len(name) > _LONGEST:
+    fits = _cut(name)
+    if fits != name:
         raise ValueError(
-            say("The name is {count} characters long; use at most {most}.", count=len(name), most=_LONGEST)
+            say("The name is {count} characters long; use at most {most}.", count=len(name), most=len(fits))
         )
     path = folder / f"{name}.safetensors"
     if name in sources:
@@ -53,10 +55,15 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
 
 def _made_up(sources: Sequence[str]) -> str:
     """A free name, after the LoRAs that are merged."""
-    base = _UNUSABLE.sub("_", "-".join(sources))[: _LONGEST - 8].strip(" .") or "merged"
+    base = _cut(_UNUSABLE.sub("_", "-".join(sources)), room=8).strip(" .") or "merged"
     taken = {entry.name.casefold() for entry in here().listed()}
     number, name = 1, base
     while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
         number += 1
         name = f"{base}-{number}"
     return name
+
+
+def _cut(name: str, room: int = 0) -> str:
+    """The beginning of a name, as much as a file's name takes with so many more signs behind it."""
+    return name[: _LONGEST - room].encode(errors="ignore")[: _BYTES - room].decode(errors="ignore")
