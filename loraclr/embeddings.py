@@ -15,6 +15,8 @@ Embeddings = dict[str, dict[str, Tensor]]
 
 PREFIX = "bundle_emb."
 
+_DOT = re.compile(r"\.")  # where the webui splits keys
+
 _ENCODERS: dict[Family, dict[int, str]] = {
     "sd1": {768: "clip_l"},
     "sd2": {1024: "clip_h"},
@@ -58,17 +60,17 @@ def vectors(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True).reshape(-1, tensor.shape[-1])
 
 
-def distinct(sources: Sequence[Embeddings]) -> list[dict[str, str]]:
+def distinct(sources: Sequence[Embeddings], unusable: re.Pattern[str] = _DOT) -> list[dict[str, str]]:
     """For each source new names of its words, so that all can be in one file: old → new, of those that change.
 
-    A name without dots (the webui splits keys there) that no earlier source has for other vectors.
+    A name without unusable signs that no earlier source has for other vectors.
     """
     taken: Embeddings = {}
     renamed = []
     for words in sources:
         names = {}
         for name, encoders in words.items():
-            base = free = name.replace(".", "_")
+            base = free = unusable.sub("_", name)
             number = 2
             while free in taken and not _same(taken[free], encoders):
                 free, number = f"{base}_{number}", number + 1

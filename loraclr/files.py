@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,9 @@ _IMPLEMENTATION: dict[Family, str] = {
     "sd2": "diffusers",
     "sdxl": "https://github.com/Stability-AI/generative-models",
 }
+
+#: Refused in a file's name on some system, or by the webui's <lora:NAME:1>.
+UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
 
 
 def load(path: str | os.PathLike[str]) -> LoRA:
@@ -87,12 +91,14 @@ def save(
     dtype: torch.dtype = torch.float16,
     overwrite: bool = False,
     words: embeddings.Embeddings | None = None,
+    apart: Path | None = None,
 ) -> Path:
     """Write layers under kohya's and LyCORIS' names as a .safetensors file, all or nothing.
 
-    words: embeddings to bundle. The hashes that the webui trusts are computed as kohya does, after the cast, and title
-    and output name default to the file's. The file appears complete under its name or not at all. Raises
-    FileExistsError if it exists and `overwrite` is not set; ValueError for values that are not finite in `dtype`.
+    words: embeddings to bundle; apart: a folder to write them to instead, as `save_embeddings` does. The hashes that
+    the webui trusts are computed as kohya does, after the cast, and title and output name default to the file's. The
+    file appears complete under its name or not at all. Raises FileExistsError if it exists and `overwrite` is not set;
+    ValueError for values that are not finite in `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -103,10 +109,14 @@ def save(
     if wrong:
         raise ValueError(f"metadata values must be str; these are not: {', '.join(wrong)}")
     tensors = _tensors(layers, dtype)
-    tensors |= {key: _cast(tensor, dtype, key) for key, tensor in embeddings.bundle(words or {}).items()}
+    bundled = embeddings.bundle(words or {}) if apart is None else {}
+    tensors |= {key: _cast(tensor, dtype, key) for key, tensor in bundled.items()}
     metadata = {"ss_output_name": path.stem, "modelspec.title": path.stem, **metadata}
     metadata |= _hashes(tensors, metadata)
-    _write(path, safetensors.torch.save(tensors, metadata))
+    content = safetensors.torch.save(tensors, metadata)
+    if apart is not None:
+        save_embeddings(apart, words or {}, overwrite)
+    _write(path, content)
     return path
 
 

@@ -209,16 +209,15 @@ def write(
     """Write the merged LoRA with metadata and sidecar.
 
     Its words are bundled, unless `bundle` is off or they make more keys than Forge allows: then each is a file of its
-    own, in a folder beside the LoRA, for the webui's folder of embeddings, and `merge.notes` says so.
+    own, in a folder beside the LoRA, for the webui's folder of embeddings, under another name if some system refuses a
+    file of its own, in the merge's triggers too; and `merge.notes` says so.
 
     Raises:
         FileExistsError: a file is there and `overwrite` is not set.
+        ValueError: values are too large for `dtype`. In both cases nothing is written.
     """
     path = Path(path)
-    loras = [concept.lora for concept in merge.concepts]
-    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in merge.concepts]
     layers = with_whole_attention(merge.layers, merge.family)
-    metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
     norms = 2 * sum(isinstance(layer, Norm) and is_text(name) for name, layer in layers.items())
     known = norms <= MOST_UNKNOWN
     bundle = bundle and sum(map(len, merge.words.values())) + norms * known <= MOST_UNKNOWN
@@ -229,13 +228,22 @@ def write(
         )
     if not known:
         merge.notes.append("Forge does not load this file: it changes norm layers of a text encoder.")
-    if merge.words and not bundle and (overwrite or not path.exists()):
-        folder = path.with_name(f"{path.stem} embeddings")
-        files.save_embeddings(folder, merge.words, overwrite)
+    folder = path.with_name(f"{path.stem} embeddings") if merge.words and not bundle else None
+    renamed = {} if folder is None else distinct([merge.words], files.UNUSABLE)[0]
+    concepts = [concept.with_words(renamed) for concept in merge.concepts]
+    words = {renamed.get(word, word): encoders for word, encoders in merge.words.items()}
+    loras = [concept.lora for concept in concepts]
+    sources, triggers = [lora.name for lora in loras], [concept.trigger for concept in concepts]
+    metadata = files.lora_metadata(merge.family, layers, loras, triggers, merge.recipe())
+    files.save(path, layers, metadata, dtype, overwrite, words, folder)
+    for concept in merge.concepts:
+        for old in (word for word in concept.lora.words if word in renamed):
+            merge.notes.append(f"The word {old} of {concept.lora.name} is called {renamed[old]} in the merged file.")
+    merge.concepts, merge.words = concepts, words
+    if folder is not None:
         merge.notes.append(
             f"Move the files in {folder.name} into the webui's folder of embeddings: the prompt uses them."
         )
-    files.save(path, layers, metadata, dtype, overwrite, merge.words if bundle else None)
     named = (f"{source} ({trigger})" if trigger else source for source, trigger in zip(sources, triggers, strict=True))
     notes = f"Merged by {'LoRACLR' if merge.method == 'loraclr' else merge.method} from {', '.join(named)}."
     written = files.write_sidecar(path, merge.triggers, merge.family, " ".join([notes, *merge.notes]))

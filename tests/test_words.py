@@ -14,6 +14,7 @@ from loraclr.formats import Norm
 from loraclr.lora import Layer, LoRA
 from loraclr.merging import merge
 from loraclr.plan import Settings
+from loraclr.recipe import read as recipe_of
 from loraclr.result import Merge, write
 
 WORD = "<potter1>"
@@ -49,6 +50,39 @@ def test_a_merge_writes_the_words_and_renames_the_later_of_two(tmp_path) -> None
     few = replace(many, words={"w0": many.words["w0"]}, notes=[])
     write(few, tmp_path / "few.safetensors")
     assert files.load(tmp_path / "few.safetensors").embeddings.keys() == {"w0"}
+
+
+def test_words_that_are_no_files_names_get_others_in_files_of_their_own(tmp_path) -> None:
+    """A merge of hours must not end with a name that Windows refuses; its recipe still means the LoRA's word."""
+    one, two = ({"clip_l": torch.full((1, 768), float(k))} for k in range(2))
+    lora = replace(toy_lora(ToyHost(), "one", 1), embeddings={WORD: one, "_potter1_": two, "a/b": two, "plain": one})
+    concept = Concept(lora, f"{WORD} a/b", prompts=(f"a {WORD}",))
+    result = Merge("sd1", [concept], Settings(), layers=lora.layers, words=lora.words)
+    path = write(result, tmp_path / "it.safetensors", bundle=False)
+    names = ["_potter1_", "_potter1__2", "a_b", "plain"]
+    assert sorted(file.stem for file in (tmp_path / "it embeddings").iterdir()) == names
+    assert result.words == dict(zip(names, (one, two, two, one), strict=True))
+    assert result.triggers == files.load(path).triggers() == "_potter1_ a_b"
+    assert result.concepts[0].prompts == ("a _potter1_",)
+    assert recipe_of(path).entries[0]["trigger"] == f"{WORD} a/b"
+    assert len(result.notes) == 4
+    assert result.notes[0] == f"The word {WORD} of one is called _potter1_ in the merged file."
+    bundled = replace(result, concepts=[concept], words=lora.words, notes=[])
+    write(bundled, tmp_path / "whole.safetensors")
+    assert files.load(tmp_path / "whole.safetensors").embeddings.keys() == lora.words.keys() and not bundled.notes
+
+
+def test_nothing_is_written_if_the_lora_cannot_be(tmp_path) -> None:
+    """A second try must not find the words of the first."""
+    lora = toy_lora(ToyHost(), "one", 1)
+    layers = {name: replace(layer, up=layer.up + 1e5) for name, layer in lora.layers.items()}
+    words = {WORD: {"clip_l": torch.ones(1, 768)}}
+    result = Merge("sd1", [Concept(lora, WORD)], Settings(), layers=layers, words=words)
+    with pytest.raises(ValueError, match="too large for float16"):
+        write(result, tmp_path / "it.safetensors", bundle=False)
+    assert list(tmp_path.iterdir()) == [] and result.triggers == WORD
+    write(result, tmp_path / "it.safetensors", torch.float32, bundle=False)
+    assert len(list((tmp_path / "it embeddings").iterdir())) == 1
 
 
 def test_what_forge_does_not_know_is_at_most_twelve_keys_or_said(tmp_path) -> None:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraclr.files import UNUSABLE
 from loraclr.webui import library
 from loraclr.webui.language import say
 from loraclr.webui.surroundings import here
 
-# Refused on some system, or by the webui's <lora:NAME:1>.
-_UNUSABLE = re.compile(r'[\\/:*?"<>|\x00-\x1f]')
+# Refused on some system.
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 120  # characters of a name
 _BYTES = 230  # of a name; file systems allow 255, and ".safetensors" or ".preview.png" comes behind it
@@ -27,7 +27,7 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
     folder = library.folder()
     if not name:
         return folder / f"{_made_up(sources)}.safetensors"
-    unusable = sorted(set(_UNUSABLE.findall(name)))
+    unusable = sorted(set(UNUSABLE.findall(name)))
     if unusable:
         shown = " ".join(char if char.isprintable() else repr(char) for char in unusable)
         raise ValueError(say("The name must not contain {signs}; choose another one.", signs=shown))
@@ -55,7 +55,7 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
 
 def _made_up(sources: Sequence[str]) -> str:
     """A free name, after the LoRAs that are merged."""
-    base = _cut(_UNUSABLE.sub("_", "-".join(sources)), room=8).strip(" .") or "merged"
+    base = _cut(UNUSABLE.sub("_", "-".join(sources)), room=8).strip(" .") or "merged"
     taken = {entry.name.casefold() for entry in here().listed()}
     number, name = 1, base
     while name.casefold() in taken or (library.folder() / f"{name}.safetensors").exists():
