@@ -460,6 +460,17 @@ class TestByWeightsAlone:
         capsys.readouterr()
         assert words in refused([*arguments, "--output", "again.safetensors"], here, capsys)
 
+    def test_a_recipe_does_not_replace_what_it_merges(self, here: Path, capsys) -> None:
+        pair = ["--lora", "a.safetensors", "--lora", "b.safetensors", "--method", "sum"]
+        assert main(["merge", *pair, "--output", "out.safetensors"]) == 0
+        before = (here / "a.safetensors").read_bytes()
+        capsys.readouterr()
+        again = ["merge", "--recipe", "out.safetensors", "--overwrite", "--output"]
+        assert main([*again, "a.safetensors"]) == 2
+        assert "The output a.safetensors is one of the files that are read" in capsys.readouterr().err
+        assert (here / "a.safetensors").read_bytes() == before
+        assert main([*again, "model.safetensors"]) == 0
+
     def test_dora_needs_a_checkpoint(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         dora(here / "dora.safetensors")
         sentence = refused(["--lora", "dora.safetensors", *OUT[2:], "--method", "sum"], here, capsys)

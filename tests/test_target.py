@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from loraclr.webui import language, library, target
 from loraclr.webui.alone.listing import Listing
+from loraclr.webui.surroundings import Listed
 
 
 class Around:
@@ -16,8 +18,12 @@ class Around:
     def __init__(self, folder: Path) -> None:
         self.folder = lambda: folder
         self.loras = Listing(folder)
-        self.listed = lambda: list(self.loras.entries.values())
-        self.found = self.loras.entries.get
+
+    def listed(self) -> list[Listed]:
+        return list(self.loras.entries.values())
+
+    def found(self, name: str) -> Listed | None:
+        return self.loras.entries.get(name)
 
     def option(self, name: str, usual: str) -> str:
         return usual
@@ -49,3 +55,16 @@ def test_a_name_that_is_too_long(around: Around) -> None:
         assert target.path_for(sign * most, [], False).stem == sign * most
         with pytest.raises(ValueError, match=rf"^The name is {most + 1} characters long; use at most {most}\.$"):
             target.path_for(sign * (most + 1), [], False)
+
+
+def test_a_source_is_not_replaced_by_another_spelling_of_its_name(around: Around) -> None:
+    """Two names for one file, as it is where case makes no difference."""
+    folder = around.folder()
+    (folder / "tiger.safetensors").write_bytes(b"")
+    around.loras.refresh()
+    if not (folder / "Tiger.safetensors").exists():
+        os.link(folder / "tiger.safetensors", folder / "Tiger.safetensors")
+    for name in ("tiger", "Tiger"):
+        with pytest.raises(ValueError, match=f"^{name} is one of the LoRAs to merge; choose another name"):
+            target.path_for(name, ["panda", "tiger"], True)
+    assert target.path_for("Tiger", ["panda"], True) == folder / "Tiger.safetensors"

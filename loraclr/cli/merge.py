@@ -118,6 +118,7 @@ def prepare(args: argparse.Namespace, method: Method, told: Recipe | None = None
             concepts = [concept_of(entry, method.needs_model) for entry in entries]
         else:
             concepts = told.concepts([args.recipe.parent, Path()])
+            check_output(args.output, [concept.lora.path for concept in concepts], args.overwrite)
         if method.needs_model:  # which of the LoRAs do not fit, the model tells better
             methods.check_family([concept.lora for concept in concepts])
         elif args.checkpoint is None:

@@ -39,7 +39,7 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
             say("The name is {count} characters long; use at most {most}.", count=len(name), most=len(fits))
         )
     path = folder / f"{name}.safetensors"
-    if name in sources:
+    if name in sources or any(_is(path, source) for source in sources):
         raise ValueError(say("{name} is one of the LoRAs to merge; choose another name for the result.", name=name))
     if path.exists() and not replace:
         raise ValueError(
@@ -51,6 +51,12 @@ def path_for(name: str, sources: Sequence[str], replace: bool) -> Path:
             say("Another LoRA is already listed as {name} ({file}); choose another name.", name=name, file=listed.path)
         )
     return path
+
+
+def _is(path: Path, source: str) -> bool:
+    """Whether there is a file that is this LoRA's, which another name may mean where case makes no difference."""
+    listed = here().found(source)
+    return listed is not None and path.exists() and listed.path.exists() and path.samefile(listed.path)
 
 
 def _made_up(sources: Sequence[str]) -> str:
