@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -81,8 +82,8 @@ def _concept(entry: dict[str, Any], folders: Sequence[Path]) -> Concept:
 
 def _file(entry: dict[str, Any], folders: Sequence[Path]) -> Path:
     """The file that a recipe's entry is about: in one of the folders, or anywhere below the first."""
-    name, other = entry["file"], None
-    for path in chain((folder / name for folder in folders), folders[0].rglob(name)):
+    name, other = Path(entry["file"]).name, None  # a recipe may be another's, and says no places
+    for path in chain((folder / name for folder in folders), folders[0].rglob(glob.escape(name))):
         if not path.is_file():
             continue
         if not entry["hash"] or files.model_hash(path) == entry["hash"]:

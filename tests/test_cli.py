@@ -430,6 +430,26 @@ class TestByWeightsAlone:
         merged = files.load(here / "again.safetensors")
         assert merged.metadata["modelspec.merged_from"] == "same, same 2"
 
+    def test_a_recipe_finds_files_with_signs_of_patterns_in_their_names(self, here: Path) -> None:
+        (here / "deep").mkdir()
+        (here / "a.safetensors").rename(here / "deep" / "[SD15] a.safetensors")
+        pair = ["--lora", "deep/[SD15] a.safetensors", "--lora", "b.safetensors"]
+        assert main(["merge", "--method", "sum", *pair, "--output", "out.safetensors"]) == 0
+        assert main(["merge", "--recipe", "out.safetensors", "--output", "again.safetensors"]) == 0
+
+    def test_a_recipe_says_no_places(self, here: Path, capsys) -> None:
+        """It may be another's: nothing is read but in the folders that are looked into."""
+        pair = ["--lora", "a.safetensors", "--lora", "b.safetensors", "--method", "sum"]
+        assert main(["merge", *pair, "--output", "out.safetensors"]) == 0
+        recipe = json.loads(files.load(here / "out.safetensors").metadata["loraclr.recipe"])
+        lora(here.parent / f"{here.name} c.safetensors")
+        for place in (f"{here.parent}/", "../"):
+            recipe["concepts"][1] |= {"file": f"{place}{here.name} c.safetensors", "hash": ""}
+            files.annotate("out.safetensors", {"loraclr.recipe": json.dumps(recipe)})
+            capsys.readouterr()
+            assert main(["merge", "--recipe", "out.safetensors", "--output", "again.safetensors"]) == 2
+            assert f"{here.name} c.safetensors, which the recipe names, is not in" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
