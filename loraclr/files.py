@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> LoRA:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise LoRAFormatError(f"{path.name} {what} ({path}); choose a .safetensors file.")
-    lora = _from_torch(path) if path.suffix in pickled.SUFFIXES else _from_safetensors(path)
+    lora = _from_torch(path) if path.suffix.lower() in pickled.SUFFIXES else _from_safetensors(path)
     return replace(lora, activation=activation_text(path))
 
 
@@ -247,9 +247,9 @@ def _is_ours(sidecar: Path) -> bool:
     """Whether a sidecar is as we wrote it."""
     try:
         fields = json.loads(sidecar.read_text(encoding="utf-8"))
-        return fields.pop(_OURS, None) == _digest(fields)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return False
+    return isinstance(fields, dict) and fields.pop(_OURS, None) == _digest(fields)
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

@@ -119,6 +119,16 @@ class TestListing:
         assert found.meant("nobody") is None
         assert found.files((".pth",)) == [tmp_path / "f.pth"]
 
+    def test_files_of_one_name_are_all_listed(self, tmp_path: Path) -> None:
+        places = ["a.pt", "a.safetensors", "a.ckpt.pt", "deep/a.ckpt", "deep/a.safetensors", "deep/deeper/a.pt"]
+        for place in places:
+            lora(tmp_path / place)
+        found = {name: entry.path.relative_to(tmp_path).as_posix() for name, entry in Listing(tmp_path).entries.items()}
+        assert found == {
+            "a": "a.safetensors", "a.ckpt": "a.ckpt.pt", "a.pt": "a.pt",
+            "deep/a": "deep/a.safetensors", "deep/a.ckpt": "deep/a.ckpt", "deep/deeper/a": "deep/deeper/a.pt",
+        }  # fmt: skip
+
     def test_a_replaced_file_is_read_again(self, tmp_path: Path) -> None:
         path = lora(tmp_path / "a.safetensors", ss_v2="True")
         found = Listing(tmp_path)

@@ -73,7 +73,7 @@ def test_what_is_no_word_is_said_by_name(tmp_path):
 def test_a_kohya_lora_in_a_pt_file(tmp_path, nested):
     stem = "lora_unet_" + CROSS.replace(".", "_")
     tensors = {f"{stem}.lora_up.weight": torch.ones(8, 2), f"{stem}.lora_down.weight": torch.ones(2, 6)}
-    lora = files.load(save({"state_dict": tensors} if nested else tensors, tmp_path / "x.pt"))
+    lora = files.load(save({"state_dict": tensors} if nested else tensors, tmp_path / ("X.PT" if nested else "x.pt")))
     torch.testing.assert_close(lora.layers[stem].delta(), torch.full((8, 6), 2.0))
 
 

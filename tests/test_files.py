@@ -295,6 +295,14 @@ def test_the_users_sidecar_is_left_alone(saved):
     assert files.load(saved).triggers() == "mine"
 
 
+def test_a_sidecar_that_holds_something_else_is_left_alone(saved):
+    sidecar = saved.with_suffix(".json")
+    for content in ("[]", '["loraclr"]', "3", "{"):
+        sidecar.write_text(content)
+        assert files.write_sidecar(saved, "zyk", "sd1") is None
+        assert sidecar.read_text() == content
+
+
 def test_a_sidecar_of_ours_is_renewed_until_the_user_edits_it(saved):
     """The webui's editor writes every field again; that alone is no edit."""
     sidecar = files.write_sidecar(saved, "zyk", "sd1", "zyk alone")

@@ -35,10 +35,12 @@ class Listing:
         )
 
     def refresh(self) -> None:
-        """Look again. Of several files of one name the first has it, the others are named with their folders."""
+        """Look again. Of several files of one name the first has it, the others are named with folder or ending too."""
         entries: dict[str, Listed] = {}
-        for path in sorted(self.files(_SUFFIXES), key=lambda path: len(path.parts)):
-            name = path.stem if path.stem not in entries else path.relative_to(self.folder).with_suffix("").as_posix()
+        for path in sorted(self.files(_SUFFIXES), key=lambda path: (len(path.parts), path.suffix != ".safetensors")):
+            place = path.relative_to(self.folder)
+            names = path.stem, place.with_suffix("").as_posix(), place.as_posix()
+            name = next((name for name in names if name not in entries), str(path))
             metadata = self._header(path)
             entries[name] = Listed(name, path, metadata, _family(metadata))
         self.entries = entries
