@@ -20,6 +20,7 @@ DONE = {
     "state": "done", "path": "/loras/both.safetensors", "prompt": "<lora:both:1> sks tiger, ink",
     "kept": {"tiger": 0.912}, "seconds": {"capture": 60.0, "polish": 5.0},
     "figures": {"objective": {}, "peak_bytes": {"graphics card": 3 * 2**29, "process": 2**30}},
+    "notes": ["The word x of ink is called x_2 in the merged file."],
 }  # fmt: skip
 
 
@@ -97,6 +98,7 @@ def test_the_order_and_the_end(api: Api, capsys: pytest.CaptureFixture[str]) -> 
         "Wrote /loras/both.safetensors on the server: 2 LoRAs, in 1:05.",
         "  tiger: 91 % of its effect kept",
         "  Most memory in use: graphics card 1.5 GB, process 1.0 GB.",
+        "The word x of ink is called x_2 in the merged file.",
         "Prompt: <lora:both:1> sks tiger, ink",
     ]
     assert err.splitlines()[0] == "Waiting in the server's queue: 0 %"

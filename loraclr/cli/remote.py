@@ -163,8 +163,8 @@ def _finished(server: Server, job: str, line: Line) -> dict[str, Any]:
 
 
 def summary(ended: dict[str, Any], loras: int) -> str:
-    """What the server wrote, how well each LoRA is kept, and the prompt to use."""
+    """What the server wrote, how well each LoRA is kept, what it says of the file, and the prompt to use."""
     lines = [f"Wrote {ended['path']} on the server: {loras} LoRAs, in {clock(sum(ended['seconds'].values()))}."]
     lines += [f"  {name}: {kept:.0%} of its effect kept".replace("%", " %") for name, kept in ended["kept"].items()]
     lines += measured(ended.get("figures", {}))
-    return "\n".join([*lines, f"Prompt: {ended['prompt']}"])
+    return "\n".join([*lines, *ended.get("notes", []), f"Prompt: {ended['prompt']}"])
