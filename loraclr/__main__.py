@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        exit status: 0 done, 1 something is not installed, 2 bad input (nothing written), 130 cancelled.
+        exit status: 0 done, 1 something is not installed, 2 bad input or a full graphics card (nothing written),
+        130 cancelled.
     """
     from loraclr.hosts import Cancelled
 

@@ -273,16 +273,31 @@ class TestMerge:
             assert main(["merge", *A, *out, *more]) == 0
             assert not (here / f"{name}.preview.png").exists()
 
-    def test_a_card_that_does_not_fit_into_memory_costs_no_merge(
-        self, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("end", "words"),
+        [
+            (torch.cuda.OutOfMemoryError(), "the graphics card's memory is full."),
+            (KeyboardInterrupt(), "it was cancelled."),
+            (RuntimeError("not enough\nmemory"), "not enough memory"),
+            (AssertionError(), "AssertionError"),
+        ],
+    )
+    @pytest.mark.parametrize("part", ["drawn", "save"])
+    def test_a_picture_that_fails_costs_no_merge(
+        self, here: Path, capsys, monkeypatch: pytest.MonkeyPatch, part: str, end: BaseException, words: str
     ) -> None:
-        def full(*_: object) -> None:
-            raise torch.cuda.OutOfMemoryError
+        """However it ends, and Ctrl-C, too: the LoRA is there before the picture is begun."""
 
-        monkeypatch.setattr("loraclr.preview.drawn", full)
+        def fails(*_: object) -> None:
+            assert files.load(here / "out.safetensors").triggers() == "sks"
+            raise end
+
+        monkeypatch.setattr(f"loraclr.preview.{part}", fails)
         assert main(["merge", *A, *OUT]) == 0
-        assert "There is no picture for its card: the graphics card's memory is full." in capsys.readouterr().out
-        assert files.load(here / "out.safetensors").triggers() == "sks"
+        out, err = capsys.readouterr()
+        assert out.startswith("Wrote out.safetensors")
+        assert f"\nThere is no picture for its card: {words}\n" in out
+        assert "Cancelled" not in err
         assert not (here / "out.preview.png").exists()
 
     def test_overwrite(self, here: Path) -> None:
@@ -304,6 +319,13 @@ class TestMerge:
         assert main(["merge", *A, *OUT]) == 130
         assert capsys.readouterr().err == "loraclr: Cancelled; nothing was written.\n"
         assert sorted(here.iterdir()) == before
+
+    def test_a_full_graphics_card(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(merging, "merge", full)
+        assert "The graphics card ran out of memory: end other programs" in refused([*A, *OUT], here, capsys)
 
     def test_output_that_appears_meanwhile_is_kept(self, here, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
         def slow(*arguments) -> loraclr.Merge:

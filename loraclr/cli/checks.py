@@ -12,9 +12,15 @@ from loraclr.cli import Refused
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Inside, a ValueError's or OSError's message is a sentence for the user."""
+    """Inside, a ValueError's or OSError's message is a sentence for the user; of a full graphics card there is one."""
+    import torch
+
     try:
         yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise Refused(
+            "The graphics card ran out of memory: end other programs that use it, or give --device cpu, which is slow."
+        ) from error
     except (ValueError, OSError) as error:
         raise Refused(" ".join(str(error).split())) from error
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loraclr.concept import Concept
     from loraclr.hosts.standalone import Standalone
     from loraclr.methods import Method
+    from loraclr.plan import Settings
     from loraclr.recipe import Recipe
     from loraclr.result import Merge
 
@@ -30,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, merge, write, and say what was written."""
-    import torch
-
-    from loraclr import methods, preview
+    from loraclr import methods
     from loraclr.plan import Settings
 
     if args.server is not None:
@@ -43,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
             raise Refused(f"--{option.replace('_', '-')} means nothing without --server: leave it out.")
     if args.output is None:
         raise Refused("There is no --output: give the LoRA file to write, or a --server that merges.")
-    picture = None
     told = read_recipe(args) if args.recipe else None
     method = methods.METHODS[told.method if told else args.method]
     concepts = prepare(args, method, told)
@@ -54,12 +52,6 @@ def run(args: argparse.Namespace) -> int:
         settings = told.settings if told else asked
         with Line() as line, refusing():
             merge = methods.merge(host, concepts, method.name, settings, line)
-            if not args.no_preview and preview.wanted(args.output):
-                line("Drawing a picture for its card", 1.0, None)
-                try:
-                    picture = preview.drawn(host, merge, settings)
-                except torch.cuda.OutOfMemoryError:  # a merge that is done is worth more than its picture
-                    merge.notes.append("There is no picture for its card: the graphics card's memory is full.")
     else:
         host = prepare_weights(args, concepts)
         asked = told.settings if told else methods.Options(args.rank, args.density or 0.5, seed=args.seed)
@@ -69,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if told and (note := told.note(merge.checkpoint)):
         merge.notes.append(note)
     write(merge, args)
-    if picture is not None:
-        preview.save(picture, args.output)
+    if method.needs_model and not args.no_preview:
+        picture(host, merge, settings, args.output)
     print(summary(merge, args.output))
     return 0
 
@@ -199,3 +191,23 @@ def write(merge: Merge, args: argparse.Namespace) -> None:
             )
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def picture(host: Standalone, merge: Merge, settings: Settings, output: Path) -> None:
+    """A picture for the written file's card; an error or Ctrl-C costs the picture only, and a note says so."""
+    import torch
+
+    from loraclr import preview
+
+    try:
+        if preview.wanted(output):
+            with Line() as line:
+                line("Drawing a picture for its card", 1.0, None)
+                preview.save(preview.drawn(host, merge, settings), output)
+    except torch.cuda.OutOfMemoryError:
+        merge.notes.append("There is no picture for its card: the graphics card's memory is full.")
+    except KeyboardInterrupt:
+        merge.notes.append("There is no picture for its card: it was cancelled.")
+    except Exception as error:  # noqa: BLE001 (whatever it is, the LoRA is there)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        merge.notes.append(f"There is no picture for its card: {reason}")
