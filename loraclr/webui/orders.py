@@ -10,7 +10,7 @@ from typing import Any
 from loraclr.plan import POLISH_STEPS, Settings
 from loraclr.webui import card, library
 from loraclr.webui.job import Order, Row
-from loraclr.webui.settings import LIMITS, rank_of
+from loraclr.webui.settings import LIMITS, rank_of, side_of
 
 KINDS = ("subject", "style")
 
@@ -60,6 +60,7 @@ def _settings(body: Any) -> Settings:
         value = values.get(name)
         if value is not None and not least <= value <= most:
             raise ValueError(f"The setting {name} is {value}: choose {least} to {most}.")
+    values["size"] = side_of(values.get("size"))
     if values.get("ridge", 1) <= 0:
         raise ValueError("The ridge λ must be a number above 0, 0.001 for example.")
     return Settings(**values)

@@ -225,7 +225,7 @@ def read(
         ridge=ridge,
         steps=int(steps),
         guidance=guidance,
-        size=int(size) or None,
+        size=side_of(size),
         neutral_prompts=lines,
         seed=seed_of(seed),
         distance=distance,
@@ -262,7 +262,7 @@ def written(method: str, told: Mapping[str, Any]) -> list[Any]:
 
 def rank_of(chosen: Any) -> Rank:
     """What is written in the rank's field. Raises ValueError, one sentence."""
-    word = str(chosen or "exact").strip().lower()
+    word = str(chosen if chosen or chosen == 0 else "exact").strip().lower()  # 0 is no empty field
     if word in ("exact", "auto"):
         return None if word == "exact" else "auto"
     if not word.isdecimal() or int(word) < 1:
@@ -270,6 +270,13 @@ def rank_of(chosen: Any) -> Rank:
             say('The largest rank is "{rank}": choose exact, auto or a whole number above 0.', rank=chosen)
         )
     return int(word)
+
+
+def side_of(size: float | None) -> int | None:
+    """The picture size that is written; 0 or none: the checkpoint's own. Raises ValueError, one sentence."""
+    if size and size % 64:  # the UNet halves a picture's latents, of an eighth of its side, three times
+        raise ValueError(say("The picture size is {size}: choose a multiple of 64.", size=size))
+    return int(size) if size else None
 
 
 def seed_of(number: float | None) -> int:

@@ -101,6 +101,8 @@ def test_cancel(webui: Webui) -> None:
         ({"loras": PAIR, "method": "magic"}, "no method magic"),
         ({"loras": PAIR, "settings": {"steps": 1000}}, "steps is 1000"),
         ({"loras": PAIR, "settings": {"rank": "few"}}, 'largest rank is "few"'),
+        ({"loras": PAIR, "settings": {"rank": 0}}, 'largest rank is "0"'),
+        ({"loras": PAIR, "settings": {"size": 100.5}}, "picture size is 100.5: choose a multiple of 64"),
         ({"loras": PAIR, "sped": 1}, '"sped"'),
         ({"loras": [{"name": "tiger", "weight": "much"}, *PAIR[1:]]}, '"weight" cannot be'),
     ],

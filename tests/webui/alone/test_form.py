@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import gradio as gr
 from loraclr.webui import settings, surroundings
 
-surroundings.settle(SimpleNamespace(row=lambda **look: gr.Row(**look)))
+surroundings.settle(SimpleNamespace(row=lambda **look: gr.Row(**look), option=lambda name, usual: usual))
 with gr.Blocks():
     fields = settings.Form().fields
 orders = []
@@ -71,6 +71,12 @@ def test_a_choice_that_the_form_does_not_have_becomes_the_usual_one(gradio: Path
     (order,) = round_trip(gradio, recipe)["orders"]
     assert order["method"] == "loraclr"
     assert order["settings"] == json.loads(json.dumps(USUAL))
+
+
+def test_a_size_that_cannot_be_drawn_is_refused(gradio: Path) -> None:
+    """The field beside the slider takes any number."""
+    with pytest.raises(AssertionError, match="ValueError: The picture size is 500: choose a multiple of 64"):
+        round_trip(gradio, ("loraclr", {"size": 500}))
 
 
 def test_the_form_has_its_fields_in_the_order_of_the_arguments(gradio: Path) -> None:

@@ -22,6 +22,7 @@ from loraclr import files
 from loraclr.__main__ import main
 
 BASE = "/loraclr/v1"
+PAIR = [{"name": "tiger"}, {"name": "panda"}]
 
 
 def refused(alone: Alone, path: str, body: Any = None, **how: Any) -> int:
@@ -138,10 +139,19 @@ def test_a_plain_file_with_its_embeddings_beside_it(alone: Alone) -> None:
     assert not (alone.loras / "all embeddings").exists()
 
 
-def test_refused_merges(alone: Alone) -> None:
-    """The sentence comes with status 422."""
-    request = {"loras": [{"name": "tiger"}, {"name": "nobody"}]}
+@pytest.mark.parametrize(
+    ("order", "answer"),
+    [
+        ({"loras": [{"name": "tiger"}, {"name": "nobody"}]}, "nobody is no longer in the LoRA folder"),
+        ({"loras": PAIR, "settings": {"rank": 0}}, 'The largest rank is "0": choose exact, auto or a whole number'),
+        ({"loras": PAIR, "settings": {"size": 100.5}}, "The picture size is 100.5: choose a multiple of 64."),
+        ({"loras": PAIR, "settings": {"size": 500}}, "The picture size is 500: choose a multiple of 64."),
+        ({"loras": PAIR, "settings": {"size": 0}}, "The setting size is 0: choose 64 to 1024."),
+    ],
+)
+def test_refused_merges(alone: Alone, order: dict[str, Any], answer: str) -> None:
+    """The sentence comes with status 422, at once."""
     with pytest.raises(urllib.error.HTTPError) as error:
-        alone.ask(f"{BASE}/merge", request)
+        alone.ask(f"{BASE}/merge", order)
     assert error.value.code == 422
-    assert "nobody is no longer in the LoRA folder" in json.load(error.value)["detail"]
+    assert answer in json.load(error.value)["detail"]
