@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -51,7 +52,12 @@ def save(picture: Image.Image, path: Path) -> Path | None:
     place = path.with_suffix(".preview.png")
     signed = PngInfo()
     signed.add_text(*_SIGNATURE)
-    picture.save(place, pnginfo=signed)
+    temporary = place.with_name(f".{place.name}.tmp")  # half a picture would be taken for the user's
+    try:
+        picture.save(temporary, "png", pnginfo=signed)
+        os.replace(temporary, place)
+    finally:
+        temporary.unlink(missing_ok=True)
     return place
 
 

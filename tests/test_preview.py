@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from loraclr import preview
@@ -21,6 +22,23 @@ def test_a_picture_of_ours_is_renewed_and_the_users_is_kept(tmp_path: Path) -> N
     assert not preview.wanted(lora)
     assert preview.save(Image.new("RGB", (8, 8)), lora) is None
     assert place.read_bytes() == kept
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a picture would never be renewed: it may be anyone's."""
+    lora = tmp_path / "a.safetensors"
+    place = preview.save(Image.new("RGB", (8, 8), "red"), lora)
+    before = place.read_bytes()
+
+    def half(picture: Image.Image, path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(before[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        preview.save(Image.new("RGB", (8, 8), "blue"), lora)
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+    assert place.read_bytes() == before
 
 
 def test_any_other_picture_of_the_users_is_enough(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from loraclr.hosts import Checkpoint, Context
 from loraclr.lora import Layer, LoRA
+from loraclr.webui.surroundings import Listed
 
 WIDTH, TOKENS = 8, 5
 
@@ -120,6 +123,51 @@ class ToyHost:
     @contextmanager
     def session(self) -> Iterator[None]:
         yield
+
+    def publish(self, path: Path) -> None:
+        assert path.is_file()
+
+
+class ToyAround:
+    """As much of `loraclr.webui.surroundings.Surroundings` as a job needs: a toy, and a folder of LoRAs for it.
+
+    Attributes:
+        logged: what the log has been told.
+    """
+
+    api, api_auth = True, ""
+
+    def __init__(self, loras: Path) -> None:
+        self.loras, self.toy = loras, ToyHost()
+        self.logged: list[str] = []
+
+    def folder(self) -> Path:
+        return self.loras
+
+    def files(self, suffixes: tuple[str, ...]) -> list[Path]:
+        return []
+
+    def listed(self) -> list[Listed]:
+        return [Listed(path.stem, path, {}, "sd1") for path in sorted(self.loras.glob("*.safetensors"))]
+
+    def found(self, name: str) -> Listed | None:
+        return next((entry for entry in self.listed() if entry.name == name), None)
+
+    def host(self) -> ToyHost:
+        return self.toy
+
+    def option(self, name: str, usual: Any) -> Any:
+        return usual
+
+    def report(self, stage: str, share: float, left: float | None = None) -> None:
+        pass
+
+    @contextmanager
+    def job(self, task: str) -> Iterator[None]:
+        yield
+
+    def log(self, what: str) -> None:
+        self.logged.append(what)
 
 
 def toy_lora(host: ToyHost, name: str, seed: int, rank: int = 2, size: float = 0.4) -> LoRA:

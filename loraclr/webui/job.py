@@ -81,8 +81,8 @@ class Done:
 def run(task: str, order: Order) -> Done:
     """Merge the rows' LoRAs and list the result; inside the queue only.
 
-    Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no file was written. Once it is written,
-    an interruption only ends the drawing.
+    Raises ValueError or OSError, one sentence for the user, or Cancelled. Then no LoRA was written. Once it is, nothing
+    is raised: an interruption only ends the drawing, and so does an error, which the log and the merge's notes tell.
     """
     if task in _called_off:
         _called_off.discard(task)
@@ -107,19 +107,28 @@ def run(task: str, order: Order) -> Done:
     if order.plain:
         make_plain(merged)
     write(merged, path, dtype=_dtype(), overwrite=order.replace, bundle=not order.separate)
-    host.publish(path)
-    fits = merged.family == host.family and merged.layers.keys() <= host.layers().keys()
-    if not (order.draw and fits):  # a merge by weights alone may be for another checkpoint than the loaded one
-        return Done(merged, path)
+    done = Done(merged, path)
 
     def drawing(what: str, done: float) -> None:
         here().report(retell(what), share + (1 - share) * done)
 
-    done = Done(merged, path, pictures.compare(host, merged, order.settings, drawing, order.against_sum))
-    note_bled(path, bled(done))
-    _preview(done.comparison, path)
-    host.publish(path)
+    try:
+        host.publish(path)
+        # A merge by weights alone may be for another checkpoint than the loaded one.
+        if order.draw and merged.family == host.family and merged.layers.keys() <= host.layers().keys():
+            done = Done(merged, path, pictures.compare(host, merged, order.settings, drawing, order.against_sum))
+            note_bled(path, bled(done))
+            _preview(done.comparison, path)
+            host.publish(path)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the file is there)
+        here().log("LoRACLR Merge wrote the file, but failed after that")
+        merged.notes.append(say("The file is complete, but what follows it failed: {reason}", reason=reason(error)))
     return done
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check(order: Order) -> Path:

@@ -7,12 +7,14 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+from safetensors import safe_open
 
 from loraclr import report
 from loraclr.alignment import ATTENTION, FEED_FORWARD, KINDS, OTHER, TEXT, WORDS
@@ -251,7 +253,7 @@ def tables(done: Done) -> list[Table]:
         columns = (say("Memory"), say("At most"))
         note = say("The graphics card during this merge; the program since its start, whatever it has done.")
         found.append(Table(say("Memory needed"), columns, rows, note))
-    told = [(titles.title(name), shown(value)) for name, value in merge.recipe()["settings"].items()]
+    told = [(titles.title(name), shown(value)) for name, value in asdict(merge.settings).items()]
     found.append(
         Table(
             say("Settings of the merge"),
@@ -340,9 +342,11 @@ def page(done: Done) -> str:
 
 
 def downloads(done: Done) -> list[Path]:
-    """The report and the recipe as files in a temporary folder of their own."""
+    """The report, and the recipe as the merged file holds it, as files in a temporary folder of their own."""
     folder = Path(tempfile.mkdtemp(prefix="loraclr-"))
     files = [folder / f"{done.path.stem}.html", folder / f"{done.path.stem} recipe.json"]
     files[0].write_text(page(done), encoding="utf-8")
-    files[1].write_text(json.dumps(done.merge.recipe(), indent=2, ensure_ascii=False, default=list), encoding="utf-8")
+    with safe_open(done.path, framework="pt") as file:
+        recipe = json.loads(file.metadata()["loraclr.recipe"])
+    files[1].write_text(json.dumps(recipe, indent=2, ensure_ascii=False), encoding="utf-8")
     return files

@@ -117,7 +117,13 @@ def _merged(task: str, name: str, replace: bool, *rest: Any) -> list[Any]:
         return _failed(say("The graphics card ran out of memory; choose a smaller picture size under Advanced."))
     except (ValueError, OSError) as error:
         return _failed(retell(str(error)))
-    return results.filled(done)
+    try:
+        return results.filled(done)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the file is there)
+        here().log("LoRACLR Merge could not show its result")
+        why = job.reason(error)
+        told = say("{file} is written, but its result cannot be shown: {reason}", file=done.path.name, reason=why)
+        return _failed(told, "loraclr-note")
 
 
 def _restored(task: str) -> list[Any]:
@@ -129,5 +135,5 @@ def _restored(task: str) -> list[Any]:
 
 
 def _failed(sentence: str, look: str = "loraclr-error") -> list[Any]:
-    """Nothing was written: say why, and show no prompt of an earlier merge."""
+    """There is nothing to be shown: say why, and show no prompt of an earlier merge."""
     return [*results.unfilled(), f"<div class='{look}'>{escape(sentence)}</div>"]
