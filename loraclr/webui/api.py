@@ -24,19 +24,16 @@ _REMEMBERED = 64  # jobs
 
 @dataclass
 class Job:
-    """A merge that was asked for.
+    """A merge that was asked for. Many are remembered, so that it holds none of a merge's tensors and pictures.
 
     Attributes:
         state: queued, running, done, failed or cancelled.
-        error: why it failed, one sentence.
+        outcome: what else its status says once it has ended.
     """
 
     task: str
-    order: Order
     state: str = "queued"
-    error: str = ""
-    done: Done | None = None
-    thread: threading.Thread | None = field(default=None, repr=False)
+    outcome: dict[str, Any] = field(default_factory=dict)
 
 
 _jobs: dict[str, Job] = {}
@@ -113,13 +110,12 @@ def merge(order: dict = Body(...)) -> dict[str, str]:  # noqa: B008 (how fastapi
                 asked = _checked(order)
     except ValueError as error:
         raise HTTPException(422, str(error)) from error
-    wanted = Job(f"task(loraclr-{secrets.token_hex(6)})", asked)
+    wanted = Job(f"task(loraclr-{secrets.token_hex(6)})")
     for old in [task for task, other in _jobs.items() if other.state not in ("queued", "running")][:-_REMEMBERED]:
         del _jobs[old]
     _jobs[wanted.task] = wanted
     here().enqueue(wanted.task)
-    wanted.thread = threading.Thread(target=_work, args=[wanted], daemon=True)
-    wanted.thread.start()
+    threading.Thread(target=_work, args=[wanted, asked], daemon=True).start()
     return {"job": wanted.task}
 
 
@@ -130,21 +126,7 @@ def status(task: str) -> dict[str, Any]:
     if found.state == "running":
         stage, share = here().progress()
         answer |= {"stage": stage, "progress": share}
-    if found.state == "failed":
-        answer["error"] = found.error
-    if found.done is not None:
-        made = found.done.merge
-        answer |= {
-            "name": found.done.path.stem,
-            "path": str(found.done.path),
-            "prompt": made.prompt(found.done.path.stem),
-            "kept": {name: max(0.0, 1 - after) for name, (_, after) in made.missed.items()},
-            "bled": job.bled(found.done),
-            "seconds": made.seconds,
-            "figures": made.figures(),
-            "notes": made.notes,
-        }
-    return answer
+    return answer | found.outcome
 
 
 def cancel(task: str) -> dict[str, Any]:
@@ -165,17 +147,32 @@ def _found(task: str) -> Job:
     return _jobs[task]
 
 
-def _work(wanted: Job) -> None:
+def _outcome(done: Done) -> dict[str, Any]:
+    """What is told of a finished merge."""
+    made, name = done.merge, done.path.stem
+    return {
+        "name": name,
+        "path": str(done.path),
+        "prompt": made.prompt(name),
+        "kept": {lora: max(0.0, 1 - after) for lora, (_, after) in made.missed.items()},
+        "bled": job.bled(done),
+        "seconds": made.seconds,
+        "figures": made.figures(),
+        "notes": made.notes,
+    }
+
+
+def _work(wanted: Job, order: Order) -> None:
     """Wait for the queue, then merge, as the tab's button does."""
     with here().job(wanted.task), english():
         wanted.state = "running"
         try:
-            wanted.done = job.run(wanted.task, wanted.order)
+            wanted.outcome = _outcome(job.run(wanted.task, order))
             wanted.state = "done"
         except Cancelled:
             wanted.state = "cancelled"
         except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-            wanted.state, wanted.error = "failed", " ".join(str(error).split())
+            wanted.outcome, wanted.state = {"error": job.reason(error)}, "failed"
         except Exception:  # noqa: BLE001 (the thread's end; the log has the rest)
             here().log("LoRACLR Merge failed")
-            wanted.state, wanted.error = "failed", "The merge failed; the log says where."
+            wanted.outcome, wanted.state = {"error": "The merge failed; the log says where."}, "failed"

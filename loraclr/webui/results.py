@@ -26,7 +26,7 @@ from loraclr.webui.components import script
 from loraclr.webui.job import Done
 from loraclr.webui.language import retell, say, shown
 from loraclr.webui.pictures import Comparison
-from loraclr.webui.surroundings import here
+from loraclr.webui.surroundings import OUTCOMES, here
 
 WELCOME = (
     '<div class="loraclr-note">'
@@ -36,6 +36,8 @@ WELCOME = (
 )
 #: From what share of its effect on a concept counts as kept, and as weaker. A choice, not a measurement.
 _GOOD, _FAIR = 0.8, 0.6
+#: Of the last merges, for a page that is reloaded; gradio gives out copies of its own. Removed with the program.
+_reports: list[tempfile.TemporaryDirectory] = []
 
 
 class Panel:
@@ -343,7 +345,10 @@ def page(done: Done) -> str:
 
 def downloads(done: Done) -> list[Path]:
     """The report, and the recipe as the merged file holds it, as files in a temporary folder of their own."""
-    folder = Path(tempfile.mkdtemp(prefix="loraclr-"))
+    _reports.append(tempfile.TemporaryDirectory(prefix="loraclr-", ignore_cleanup_errors=True))
+    while len(_reports) > OUTCOMES:
+        _reports.pop(0).cleanup()
+    folder = Path(_reports[-1].name)
     files = [folder / f"{done.path.stem}.html", folder / f"{done.path.stem} recipe.json"]
     files[0].write_text(page(done), encoding="utf-8")
     with safe_open(done.path, framework="pt") as file:

@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from loraclr.hosts import Host
 from loraclr.keys import Family
 
+#: Of so many jobs, the last ones, `Surroundings.outcome` has the outputs, with all their pictures; as the webui does.
+OUTCOMES = 2
+
 
 @dataclass(frozen=True)
 class Listed:

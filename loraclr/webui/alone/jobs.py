@@ -15,8 +15,9 @@ from typing import Any
 from PIL import Image
 
 from loraclr.hosts import Cancelled
+from loraclr.webui.surroundings import OUTCOMES
 
-_REMEMBERED = 64  # jobs that have ended, and their outcomes
+_REMEMBERED = 64  # jobs that have ended
 _SHOWN = 512  # pixels on a side of the picture that is shown while a job runs
 
 
@@ -83,7 +84,7 @@ class Jobs:
     def record(self, task: str, outputs: list[Any]) -> None:
         """Keep what a job gave, for a page that was reloaded meanwhile."""
         self._outcomes[task] = outputs
-        while len(self._outcomes) > _REMEMBERED:
+        while len(self._outcomes) > OUTCOMES:
             self._outcomes.popitem(last=False)
 
     def outcome(self, task: str) -> list[Any] | None:

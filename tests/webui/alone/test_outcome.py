@@ -1,4 +1,4 @@
-"""What a merge leaves once it has ended: what the tab shows."""
+"""What a merge leaves once it has ended: what the tab shows, the API's job, and no tensors and files beyond that."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from alone_driver import REPOSITORY, environment_of
 
 #: Merges two LoRAs of a toy in the folder that is its argument, and prints what came of it; run where gradio is.
 PROGRAM = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
 from safetensors import safe_open
 from toy import ToyAround, toy_lora
 from loraclr import files
 from loraclr.plan import Settings
-from loraclr.webui import job, settings, surroundings, tab
+from loraclr.result import Merge
+from loraclr.webui import api, job, results, settings, surroundings, tab
 
 folder, told = Path(sys.argv[1]), {}
 around = ToyAround(folder)
@@ -29,6 +30,11 @@ for seed, name in enumerate(("cat", "dog")):
     files.save(folder / f"{name}.safetensors", toy_lora(around.toy, name, seed).layers, {})
 rows = [job.Row(name, f"sks {name}") for name in ("cat", "dog")]
 order = job.Order(rows, "both", True, settings=Settings("closed", steps=1, size=32))
+wanted = api.Job("task")
+api._work(wanted, order)
+api._jobs["task"] = wanted
+gc.collect()
+told["job"], told["held"] = api.status("task"), sum(type(one) is Merge for one in gc.get_objects())
 done = job.run("task", order)
 
 def shown():
@@ -43,8 +49,11 @@ told["report"] = page.read_text("utf-8")
 with safe_open(done.path, framework="pt") as file:
     told["written"] = json.loads(file.metadata()["loraclr.recipe"])
 told["recipe"] = json.loads(recipe.read_text("utf-8"))
+reports = [panel[6][0], *(str(results.downloads(done)[0]) for _ in range(2))]
+told["reports"] = [Path(report).exists() for report in reports]
 done.path.unlink()
 told["unseen"], told["logged"] = shown()[-1], around.logged
+told["last"] = reports[-1]
 print(json.dumps(told))
 """
 
@@ -73,3 +82,23 @@ def test_a_result_that_cannot_be_shown_is_no_failed_merge(told: dict[str, Any]) 
     assert "loraclr-note" in told["unseen"] and "loraclr-error" not in told["unseen"]
     assert "both.safetensors is written, but its result cannot be shown: " in told["unseen"]
     assert told["logged"] == ["LoRACLR Merge could not show its result"]
+
+
+def test_the_apis_job_is_what_its_status_says(told: dict[str, Any]) -> None:
+    """Many jobs are remembered: none with its merge, which is every LoRA in float32."""
+    assert told["job"].pop("figures").keys() >= {"effect_kept", "seconds"}
+    assert told["job"].pop("seconds").keys() >= {"solve"}
+    assert told["job"].pop("bled").keys() == told["job"].pop("kept").keys() == {"cat", "dog"}
+    assert told["job"].pop("path").endswith("both.safetensors")
+    notes = told["job"].pop("notes")
+    assert all(isinstance(note, str) for note in notes)
+    assert told["job"] == {
+        "job": "task", "state": "done", "name": "both", "prompt": "<lora:both:1> sks cat, sks dog",
+    }  # fmt: skip
+    assert told["held"] == 0
+
+
+def test_reports_of_earlier_merges_are_removed(told: dict[str, Any]) -> None:
+    """As many are kept as pages may ask for again, and none once the program has ended."""
+    assert told["reports"] == [False, True, True]
+    assert not Path(told["last"]).parent.exists()
