@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             alone = program.Alone(host, args.checkpoint.stem, folder, options, args.api_auth or "")
             surroundings.settle(alone)
             page = server.app(alone, None if args.listen else server.OWN_NAMES)
+        taken.listen()  # who comes now waits for the server instead of being refused
         print(f"LoRACLR Merge is at http://127.0.0.1:{args.port}/ (Ctrl-C ends it).", flush=True)
         server.serve(page, alone, taken)
     return 0
