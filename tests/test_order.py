@@ -30,10 +30,10 @@ def test_base_below_sum_below_fast_below_balanced_and_single_about_there(monkeyp
         entry = CONTENDERS[method].run(host, [to_merge(concept) for concept in chosen], 0, METHODS[method])
         pictures = []
         for place in range(len(chosen)):
-            prompts = [shot.wanted.prompt for shot in shots if shot.place == place]
-            pictures += draw(host, entry.each[place], prompts, shots[place * plan.concept].noise, plan.steps)
+            prompts = [shot.wanted.prompt for shot in shots if shot.places == (place,)]
+            pictures += draw(host, entry.changes((place,)), prompts, shots[place * plan.concept].noise, plan.steps)
         verdicts = judge.verdicts(pictures)
-        return Mean(tuple(metrics.identity(v, chosen[shot.place]) for v, shot in zip(verdicts, shots, strict=True)))
+        return Mean(tuple(metrics.identity(v, chosen[shot.places[0]]) for v, shot in zip(verdicts, shots, strict=True)))
 
     found = {method: identity(method) for method in METHODS}
     values = {method: mean.value for method, mean in found.items()}
