@@ -9,7 +9,12 @@ import gradio as gr
 
 from loraclr.webui.surroundings import here
 
-_SCRIPT = "_js" if gr.__version__.startswith("3.") else "js"
+_THREE = gr.__version__.startswith("3.")
+_SCRIPT = "_js" if _THREE else "js"
+
+# The argument by which an event that happens once more before it is answered is answered once more: gradio 4 would
+# forget it, as gradio 3 does, which cannot be told.
+AGAIN: dict[str, Any] = {} if _THREE else {"trigger_mode": "always_last"}
 
 
 def script(function: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from loraclr.webui import comparison, facts, library, rows, settings
-from loraclr.webui.components import FormRow
+from loraclr.webui.components import AGAIN, FormRow
 from loraclr.webui.language import say
 from loraclr.webui.surroundings import here
 from loraclr.webui.view import KINDS
@@ -34,7 +34,7 @@ class History:
             loaded, both, [self.about, chosen.chosen, *chosen.arranged, *form.fields],
             show_progress=False,
         )  # fmt: skip
-        chosen.look.click(lambda: [gr.update(choices=names())] * 2, [], both, show_progress=False)
+        chosen.look.click(lambda: [gr.update(choices=names())] * 2, [], both, show_progress=False, **AGAIN)
 
 
 def names() -> list[str]:

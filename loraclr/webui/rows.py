@@ -11,7 +11,7 @@ import gradio as gr
 
 from loraclr import prompts
 from loraclr.webui import facts, job, labels, library
-from loraclr.webui.components import FormRow, ToolButton, script, script_on
+from loraclr.webui.components import AGAIN, FormRow, ToolButton, script, script_on
 from loraclr.webui.language import say
 from loraclr.webui.settings import lines_of
 from loraclr.webui.surroundings import here
@@ -102,6 +102,7 @@ class Rows:
             "inputs": [self.chosen, self.every, self.hidden, self.view, *self.checked],
             "outputs": [self.chosen, self.heading, *self.facts],
             "show_progress": False,
+            **AGAIN,
         }
 
     @property

@@ -103,11 +103,17 @@ def many(alone: Alone, tab: Page) -> Iterator[list[str]]:
 def test_more_loras_than_rows(alone: Alone, tab: Page, many: list[str], shots: Path) -> None:
     """Pages of rows: what is written on one stays, moved or not, and Merge takes all in their order."""
     place = tab.said("place")
-    tab.page.locator("#loraclr_look").dispatch_event("click")
-    tab.settle()
     tab.page.locator("#loraclr_history > .label-wrap").click()
-    tab.page.locator("#loraclr_merged input").click()
-    tab.page.locator('#loraclr_merged ul.options li[aria-label="of many"]').click()
+    merged = tab.page.locator('#loraclr_merged ul.options li[aria-label="of many"]')
+    for _ in range(20):  # gradio 3 forgets a click if the page's own first one is not answered yet
+        tab.page.locator("#loraclr_look").dispatch_event("click")
+        tab.settle()
+        tab.page.locator("#loraclr_merged input").click()
+        if merged.is_visible():
+            break
+        tab.page.keyboard.press("Escape")
+        tab.page.locator("#loraclr_merged input").blur()
+    merged.click()
     tab.settle()
     assert not place.is_visible()
     tab.page.locator("#loraclr_load").click()
@@ -324,6 +330,21 @@ def test_an_earlier_merge(alone: Alone, tab: Page) -> None:
     tab.settle()
     assert tab.names() == [TIGER]
     assert tab.page.locator("#loraclr_method input").input_value() == "sum"
+
+
+def test_a_second_look(alone: Alone, tab: Page) -> None:
+    """A click that comes before the one before it is answered is answered, too."""
+    if alone.ask("/config")["version"].startswith("3."):
+        pytest.skip("gradio 3 forgets such a click, and cannot be told not to")
+    tab.settle()
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    with alone.stopped():
+        for _ in range(2):
+            tab.page.locator("#loraclr_refresh").click()
+            tab.page.wait_for_timeout(500)
+    tab.settle()
+    assert sum("/queue/join" in url for url in asked) == 2
 
 
 def test_mistakes(alone: Alone, tab: Page) -> None:
