@@ -55,9 +55,30 @@ def test_the_same_words(host: ToyHost, concepts: list[Concept]) -> None:
 def test_a_stronger_lora_in_its_way(host: ToyHost, concepts: list[Concept]) -> None:
     concepts[1] = replace(concepts[1], weight=3.0)
     assert reasons(host, concepts) == [
-        "Pictures of a are changed more by b than by a itself: give b a lower weight.",
+        "Pictures of a are changed more by b than by a itself, most of all in M00, BASE: "
+        "give b a lower weight, in these blocks at least.",
     ]
     assert reasons(host, concepts, 1) == []
+
+
+def test_a_lora_that_is_stronger_in_one_block(host: ToyHost, concepts: list[Concept]) -> None:
+    """The text encoder, BASE, which changes these pictures little: there is no other reason, and that one is named."""
+    concepts[1] = replace(concepts[1], weight=0.5, text_weight=2.5)
+    assert reasons(host, concepts) == [
+        "In pictures of a, b does much more in BASE than a itself: give b a lower weight in these blocks."
+    ]
+
+
+def test_how_loud_a_lora_is(host: ToyHost, concepts: list[Concept]) -> None:
+    """A LoRA with itself 1, and a copy of three times its weight 9, in every block."""
+    loud = [concepts[0], replace(concepts[0], weight=3.0)]
+    modules, asked = host.layers(), [concept.changes() for concept in loud]
+    bank = Bank(["a photo of a sks", ""])
+    with host.watch(filing(bank, host.encode(bank.prompts))):
+        host.sample(bank.prompts[:1], 0, 4, 4.0, host.size, host.size)
+    own, other = diagnosis.loudness(host, modules, loud[0], asked, 0, bank)
+    assert own == pytest.approx({"M00": 1, "BASE": 1})
+    assert other == pytest.approx({"M00": 9, "BASE": 9}, rel=1e-5)
 
 
 def test_a_thorough_merge_is_not_told_to_take_longer(

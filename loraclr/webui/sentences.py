@@ -22,7 +22,11 @@ CORE = (
     "Move the files in {name} into the webui's folder of embeddings: the prompt uses them.",
     'With "{words}", {name} hardly does anything: check the spelling of these words, or raise its weight.',
     'The words of {name} ("{words}") and {other} ("{others}") are the same: give one of them words of its own.',
+    "Pictures of {name} are changed more by {other} than by {name} itself, most of all in {blocks}: "
+    "give {other} a lower weight, in these blocks at least.",
     "Pictures of {name} are changed more by {other} than by {name} itself: give {other} a lower weight.",
+    "In pictures of {name}, {other} does much more in {blocks} than {name} itself: "
+    "give {other} a lower weight in these blocks.",
     "A slower speed, Balanced or Best, brings weak concepts closer to their own LoRAs.",
     "What came of it could not be measured in full: the graphics card's memory is full.",
     "{name}.json holds notes of yours and stays as it is, activation text included.",
