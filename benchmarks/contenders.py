@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from unittest import mock
 
-from loraclr import methods, plan
+import torch
+from torch import Tensor, nn
+
+from loraclr import factor, merging, methods, plan
 from loraclr.blocks import block_weights
 from loraclr.changes import Changes
 from loraclr.concept import Concept
@@ -14,6 +19,7 @@ from loraclr.hosts import Host
 from loraclr.methods import Options
 from loraclr.plan import Settings
 from loraclr.result import Merge
+from loraclr.solve import Factors, Statistics, width
 
 EVERY = 4096  # a rank that no layer of the miniature reaches: dense methods are not cut
 REFERENCE_PROMPTS = ("photo of a {}", "{}")
@@ -90,17 +96,58 @@ def on_model(method: str, **settings) -> Run:
 
     def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
         told = Settings(**{**settings, **options, "seed": seed})
-        scenes = itertools.chain(*plan.pairs(concepts, told)) if method == "loraclr" else ()
-        seen = {scene.concepts for scene in scenes}
+        seen = _seen(concepts, told) if method == "loraclr" else ()
         return replace(_entry(methods.merge(host, concepts, method, told), options), seen=seen)
 
     return run
+
+
+def _seen(concepts: Sequence[Concept], told: Settings) -> Collection[frozenset[int]]:
+    return {scene.concepts for scene in itertools.chain(*plan.pairs(concepts, told))}
 
 
 def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
     """The reference loop on the prompts that its code uses; `options` are fields of `Settings`."""
     asked = [replace(concept, prompts=REFERENCE_PROMPTS) for concept in concepts]
     return _entry(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
+
+
+class Summed(Statistics):
+    """Instead of the closed form the plain sum of the changes."""
+
+    def solve(self, ridge: float = 1e-3) -> Factors:
+        ups, downs = ([each.to(self.device) for each in side if each is not None] for side in (self.ups, self.downs))
+        return torch.cat(ups, 1), torch.cat(downs)
+
+
+def from_the_sum(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+    """A fast merge whose stages, and so its polish too, begin with the sum of the LoRAs instead of the closed form."""
+
+    def fit(name: str, module: nn.Module, asked: Sequence[Factors | None], device: torch.device) -> Summed:
+        return Summed(width(asked), asked, device=device)
+
+    told = Settings(seed=seed)
+    return replace(_entry(merging.merge(host, concepts, told, fit=fit), options), seen=_seen(concepts, told))
+
+
+def changed(part: str, other: Callable, run: Run) -> Run:
+    """A method with another function in the place of one that no setting changes, by its full name."""
+
+    def changed_run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
+        with mock.patch(part, other):
+            return run(host, concepts, seed, options)
+
+    return changed_run
+
+
+def as_predicted(host: Host, t: Tensor) -> Tensor:
+    """In the place of `polish.in_v`: differences as they are, of a model that predicts ε in ε."""
+    return torch.ones(len(t))
+
+
+def by_weights_alone(up: Tensor, down: Tensor, rank: factor.Rank = None, gram: Tensor | None = None) -> Factors:
+    """In the place of `factor.truncate`: the best factors of ΔW itself, whatever the layer reads."""
+    return factor.truncate(up, down, rank)
 
 
 def _entry(merge: Merge, options: Mapping) -> Entry:
@@ -119,6 +166,7 @@ BLOCKS = (
     "BASE=1", "IN04-OUT11=0", "IN00-IN04=0 M00-OUT11=0", "M00-OUT11=0", "IN00-IN04=0 OUT08-OUT11=0",
     "IN00-M00=0 OUT07-OUT11=0", "IN00-OUT06=0", "IN00-M00=0",
 )  # fmt: skip
+FAST = partial(on_model, "loraclr", speed="fast")
 PRUNED = _grid(density=DENSITIES, scale=SCALES)
 
 #: Ours last but for the research ones, so that a table reads from worst to best.
@@ -144,15 +192,19 @@ CONTENDERS: dict[str, Contender] = {
     "loraclr": Contender(on_model("loraclr", speed="balanced")),
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
     # With one ingredient left out.
-    "fast-unwhitened": Contender(on_model("loraclr", speed="fast", directions=0)),
+    "fast-unwhitened": Contender(FAST(directions=0)),
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
-    "fast-no-scenes": Contender(on_model("loraclr", speed="fast", scenes=0)),
-    "fast-no-styled": Contender(on_model("loraclr", speed="fast", styled=0.0)),
-    "fast-no-neutral": Contender(on_model("loraclr", speed="fast", neutral=0.0)),
-    "fast-no-words": Contender(on_model("loraclr", speed="fast", reading=0.0)),
-    "fast-no-astray": Contender(on_model("loraclr", speed="fast", astray=0.0)),
-    "fast-no-look": Contender(on_model("loraclr", speed="fast", again=0.0)),
-    "fast-no-care": Contender(on_model("loraclr", speed="fast", care=0.0)),
+    "fast-no-scenes": Contender(FAST(scenes=0)),
+    "fast-no-styled": Contender(FAST(styled=0.0)),
+    "fast-no-neutral": Contender(FAST(neutral=0.0)),
+    "fast-no-words": Contender(FAST(reading=0.0)),
+    "fast-no-astray": Contender(FAST(astray=0.0)),
+    "fast-no-look": Contender(FAST(again=0.0)),
+    "fast-no-care": Contender(FAST(care=0.0)),
+    "fast-from-sum": Contender(from_the_sum),
+    "fast-as-predicted": Contender(changed("loraclr.polish.in_v", as_predicted, FAST())),
+    "fast-rank-8": Contender(FAST(rank=8)),
+    "fast-rank-8-by-weights": Contender(changed("loraclr.merging.truncate", by_weights_alone, FAST(rank=8))),
     "balanced-no-look": Contender(on_model("loraclr", speed="balanced", again=0.0)),
 }
 #: Drawn only if asked for by name.

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 from benchmarks import contenders, margins, quality, results, scenes
 from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
-from loraclr import files, methods, prompts, report
+from loraclr import files, merging, methods, polish, prompts, report
 from loraclr.blocks import block
 from loraclr.formats import IA3
 from loraclr.hosts.standalone import Standalone
@@ -242,6 +242,32 @@ class TestRun:
         assert row["seeds"] == 2
         tuned = [noise for _, noise, _ in host.drawn if noise >= scenes.TUNING_NOISE]
         assert len(tuned) == len(grid) * 4 * TINY.tune, "of two concepts as many as of four"
+
+
+class TestIngredients:
+    """Those that no setting leaves out."""
+
+    def test_the_sum_in_the_place_of_the_closed_form(self) -> None:
+        changes = [(torch.randn(3, 2), torch.randn(2, 4)), None, (torch.randn(3, 1), torch.randn(1, 4))]
+        told = contenders.Summed(4, changes)
+        told.add(0, torch.randn(5, 4))
+        up, down = told.solve()
+        torch.testing.assert_close(up @ down, changes[0][0] @ changes[0][1] + changes[2][0] @ changes[2][1])
+
+    def test_a_function_is_another_one_for_this_method_only(self, monkeypatch) -> None:
+        asked, used = [quality.to_merge(CONCEPT["tiger"])], []
+        merge = begun(asked, None)
+        monkeypatch.setattr(contenders.methods, "merge", lambda *_: used.append(polish.in_v) or merge)
+        contenders.CONTENDERS["fast-as-predicted"].run(None, asked, 0, {})
+        contenders.CONTENDERS["loraclr-fast"].run(None, asked, 0, {})
+        assert used == [contenders.as_predicted, polish.in_v] and polish.in_v is not contenders.as_predicted
+
+    def test_factors_cut_whatever_the_layer_reads(self) -> None:
+        up, down = torch.eye(2), torch.diag(torch.tensor([2.0, 1.0]))
+        gram = torch.diag(torch.tensor([1.0, 100.0]))  # nearly all is read along the second direction
+        for cut, left in ((merging.truncate, [0.0, 1.0]), (contenders.by_weights_alone, [2.0, 0.0])):
+            found = cut(up, down, 1, gram)
+            torch.testing.assert_close((found[0] @ found[1]).diagonal(), torch.tensor(left))
 
 
 @pytest.fixture(scope="module")
