@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loraclr.bank import Bank
-from loraclr.capture import NORMS, applied, is_cross_kv, observed
+from loraclr.capture import NORMS, applied, is_cross_kv, observed, spread
 from loraclr.changes import Changes, is_text, through
 from loraclr.hosts import Host
 from loraclr.precision import without_autocast
@@ -42,6 +42,7 @@ def alignment(
 ) -> dict[str, float]:
     """For each kind of layer 1 − Σ‖x(ΔW − ΔW_i)ᵀ‖² / Σ‖xΔW_iᵀ‖² over its layers, the positive term of Eq. 1 in shares.
 
+    Of a picture's places some are taken (`capture.spread`).
     1: the merged change does there what the concept's own does; 0: as far off as no change; below 0: further.
 
     Args:
@@ -64,7 +65,7 @@ def alignment(
         return {}
     prompts, x, t = calls
     changed = {name: modules[name] for name in {**own, **merged} if not isinstance(modules[name], NORMS)}
-    with applied(modules, own), observed(changed, tell):
+    with applied(modules, own), observed(changed, tell, spread):
         host.predict(x.to(host.device), t.to(host.device), host.encode(prompts))
     return {name: 1 - missed[name] / wanted[name] for name in KINDS if wanted[name] > 0}
 

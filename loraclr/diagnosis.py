@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loraclr.alignment import output
 from loraclr.bank import Bank
 from loraclr.blocks import block
-from loraclr.capture import NORMS, applied, observed
+from loraclr.capture import NORMS, applied, observed, spread
 from loraclr.changes import Changes
 from loraclr.concept import Concept
 from loraclr.hosts import Host
@@ -99,8 +99,8 @@ def loudness(
 ) -> list[dict[str, float]]:
     """For each LoRA j and each block of the model that the concept's own LoRA i changes, Σ‖xΔW_jᵀ‖² / Σ‖xΔW_iᵀ‖².
 
-    The sums are over the block's layers and their inputs x in the concept's own pictures, by its own LoRA; norm layers
-    are left out.
+    The sums are over the block's layers and their inputs x in the concept's own pictures, by its own LoRA, at some of
+    their places (`capture.spread`); norm layers are left out.
 
     Args:
         concept: the one at `place`.
@@ -119,7 +119,7 @@ def loudness(
         return [{} for _ in asked]
     prompts, x, t = calls
     changed = {name: modules[name] for name in asked[place] if not isinstance(modules[name], NORMS)}
-    with applied(modules, asked[place]), observed(changed, tell):
+    with applied(modules, asked[place]), observed(changed, tell, spread):
         host.predict(x.to(host.device), t.to(host.device), host.encode(prompts))
     own = energies[place]
     return [{name: energy[name] / own[name] for name in own if own[name] > 0} for energy in energies]

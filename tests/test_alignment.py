@@ -44,6 +44,18 @@ def test_the_same_none_half_and_twice() -> None:
     assert alignment(host, host.layers(), own, {}, bank)["feed-forward"] == pytest.approx(0)
 
 
+def test_of_large_pictures_some_places_all_over_are_taken() -> None:
+    places = capture.spread("any", 4096)
+    assert len(places.unique()) == capture.PLACES and places.min() == 0 and places.max() >= 4096 - 16
+    assert capture.spread("any", 77) is None
+    host = ToyHost()
+    own = Concept(toy_lora(host, "a", 1), "sks").changes()
+    bank, seen = looked_at(host, own), {}
+    bank.x = [x.repeat(1, 8, 8) for x in bank.x]  # 64 × 64 latents
+    alignment(host, host.layers(), own, own, bank, lambda name, rows: seen.update({name: rows.shape[1]}))
+    assert seen[f"{BLOCK}_ff_net_2"] == capture.PLACES and seen[f"{BLOCK}_attn2_to_k"] == 5
+
+
 def test_against_the_definition() -> None:
     host = ToyHost()
     own, merged = (Concept(toy_lora(host, name, seed), "sks").changes() for seed, name in enumerate("ab"))
