@@ -191,6 +191,8 @@ CONTENDERS: dict[str, Contender] = {
     "loraclr-fast": Contender(on_model("loraclr", speed="fast")),
     "loraclr": Contender(on_model("loraclr", speed="balanced")),
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
+    # Once more, on another processor: what differs by nothing but how sums are rounded.
+    "fast-again": Contender(FAST()),
     # With one ingredient left out.
     "fast-unwhitened": Contender(FAST(directions=0)),
     "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
