@@ -42,7 +42,7 @@ def alignment(
 ) -> dict[str, float]:
     """For each kind of layer 1 − Σ‖x(ΔW − ΔW_i)ᵀ‖² / Σ‖xΔW_iᵀ‖² over its layers, the positive term of Eq. 1 in shares.
 
-    Of a picture's places some are taken (`capture.spread`).
+    Sums are over some of a picture's places (`capture.spread`).
     1: the merged change does there what the concept's own does; 0: as far off as no change; below 0: further.
 
     Args:

@@ -68,7 +68,7 @@ def reasons(
                 "give one of them words of its own."
             )
     strongest = max(range(len(effects)), key=effects.__getitem__)
-    shares = loudness(host, modules, concepts[place], asked, place, bank)
+    shares = loudness(host, modules, asked, place, bank)
     drowned = [_drowned(each) for each in shares]
     if strongest != place:
         other, blocks = concepts[strongest].lora.name, ", ".join(drowned[strongest])
@@ -92,19 +92,17 @@ def reasons(
 def loudness(
     host: Host,
     modules: Mapping[str, nn.Module],
-    concept: Concept,
     asked: Sequence[Changes],
     place: int,
     bank: Bank,
 ) -> list[dict[str, float]]:
-    """For each LoRA j and each block of the model that the concept's own LoRA i changes, Σ‖xΔW_jᵀ‖² / Σ‖xΔW_iᵀ‖².
+    """For each LoRA j and each block of the model that concept `place`'s own LoRA i changes, Σ‖xΔW_jᵀ‖² / Σ‖xΔW_iᵀ‖².
 
     The sums are over the block's layers and their inputs x in the concept's own pictures, by its own LoRA, at some of
     their places (`capture.spread`); norm layers are left out.
 
     Args:
-        concept: the one at `place`.
-        bank: as for `reasons`.
+        asked, bank: as for `reasons`.
     """
     energies: list[dict[str, float]] = [defaultdict(float) for _ in asked]
 
@@ -112,7 +110,7 @@ def loudness(
         for energy, changes in zip(energies, asked, strict=True):
             put_out = output(changes.get(name), rows)
             if put_out is not None:
-                energy[block(name, concept.lora.family)] += float(put_out.square().sum())
+                energy[block(name, host.family)] += float(put_out.square().sum())
 
     calls = bank.spread(ROWS)
     if calls is None:

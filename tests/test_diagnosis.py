@@ -76,7 +76,7 @@ def test_how_loud_a_lora_is(host: ToyHost, concepts: list[Concept]) -> None:
     bank = Bank(["a photo of a sks", ""])
     with host.watch(filing(bank, host.encode(bank.prompts))):
         host.sample(bank.prompts[:1], 0, 4, 4.0, host.size, host.size)
-    own, other = diagnosis.loudness(host, modules, loud[0], asked, 0, bank)
+    own, other = diagnosis.loudness(host, modules, asked, 0, bank)
     assert own == pytest.approx({"M00": 1, "BASE": 1})
     assert other == pytest.approx({"M00": 9, "BASE": 9}, rel=1e-5)
 
