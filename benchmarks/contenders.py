@@ -6,12 +6,8 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from unittest import mock
 
-import torch
-from torch import Tensor, nn
-
-from loraclr import factor, merging, methods, plan
+from loraclr import methods, plan
 from loraclr.blocks import block_weights
 from loraclr.changes import Changes
 from loraclr.concept import Concept
@@ -19,7 +15,6 @@ from loraclr.hosts import Host
 from loraclr.methods import Options
 from loraclr.plan import Settings
 from loraclr.result import Merge
-from loraclr.solve import Factors, Statistics, width
 
 EVERY = 4096  # a rank that no layer of the miniature reaches: dense methods are not cut
 REFERENCE_PROMPTS = ("photo of a {}", "{}")
@@ -78,7 +73,7 @@ def by_weights(method: str) -> Run:
         rank = None if method == "svd" else EVERY
         # concat keeps all by itself, and says so if it is given a rank.
         settings = Options(**{"rank": None if method == "concat" else rank, "seed": seed, **options})
-        return _entry(methods.combine(concepts, method, settings, modules=host.layers()), options)
+        return drawing(methods.combine(concepts, method, settings, modules=host.layers()), options)
 
     return run
 
@@ -88,7 +83,7 @@ def by_blocks(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
     weights = block_weights(options.get("blocks", "BASE=1"))
     asked = [replace(concept, blocks=weights) for concept in concepts]
     told = Options(rank=EVERY, scale=options.get("scale", 1.0))
-    return _entry(methods.combine(asked, "sum", told, modules=host.layers()), options)
+    return drawing(methods.combine(asked, "sum", told, modules=host.layers()), options)
 
 
 def on_model(method: str, **settings) -> Run:
@@ -96,61 +91,25 @@ def on_model(method: str, **settings) -> Run:
 
     def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
         told = Settings(**{**settings, **options, "seed": seed})
-        seen = _seen(concepts, told) if method == "loraclr" else ()
-        return replace(_entry(methods.merge(host, concepts, method, told), options), seen=seen)
+        pairs = seen(concepts, told) if method == "loraclr" else ()
+        return replace(drawing(methods.merge(host, concepts, method, told), options), seen=pairs)
 
     return run
 
 
-def _seen(concepts: Sequence[Concept], told: Settings) -> Collection[frozenset[int]]:
+def seen(concepts: Sequence[Concept], told: Settings) -> Collection[frozenset[int]]:
+    """The pairs that a merge with these settings looks at in one picture."""
     return {scene.concepts for scene in itertools.chain(*plan.pairs(concepts, told))}
 
 
 def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
     """The reference loop on the prompts that its code uses; `options` are fields of `Settings`."""
     asked = [replace(concept, prompts=REFERENCE_PROMPTS) for concept in concepts]
-    return _entry(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
+    return drawing(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
 
 
-class Summed(Statistics):
-    """Instead of the closed form the plain sum of the changes."""
-
-    def solve(self, ridge: float = 1e-3) -> Factors:
-        ups, downs = ([each.to(self.device) for each in side if each is not None] for side in (self.ups, self.downs))
-        return torch.cat(ups, 1), torch.cat(downs)
-
-
-def from_the_sum(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
-    """A fast merge whose stages, and so its polish too, begin with the sum of the LoRAs instead of the closed form."""
-
-    def fit(name: str, module: nn.Module, asked: Sequence[Factors | None], device: torch.device) -> Summed:
-        return Summed(width(asked), asked, device=device)
-
-    told = Settings(seed=seed)
-    return replace(_entry(merging.merge(host, concepts, told, fit=fit), options), seen=_seen(concepts, told))
-
-
-def changed(part: str, other: Callable, run: Run) -> Run:
-    """A method with another function in the place of one that no setting changes, by its full name."""
-
-    def changed_run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
-        with mock.patch(part, other):
-            return run(host, concepts, seed, options)
-
-    return changed_run
-
-
-def as_predicted(host: Host, t: Tensor) -> Tensor:
-    """In the place of `polish.in_v`: differences as they are, of a model that predicts ε in ε."""
-    return torch.ones(len(t))
-
-
-def by_weights_alone(up: Tensor, down: Tensor, rank: factor.Rank = None, gram: Tensor | None = None) -> Factors:
-    """In the place of `factor.truncate`: the best factors of ΔW itself, whatever the layer reads."""
-    return factor.truncate(up, down, rank)
-
-
-def _entry(merge: Merge, options: Mapping) -> Entry:
+def drawing(merge: Merge, options: Mapping) -> Entry:
+    """Every picture is drawn with the merged LoRA."""
     changes = merge.changes()
     capture = merge.seconds.get("capture", 0.0)
     return Entry(lambda _: changes, capture, sum(merge.seconds.values()) - capture, options)
@@ -166,7 +125,7 @@ BLOCKS = (
     "BASE=1", "IN04-OUT11=0", "IN00-IN04=0 M00-OUT11=0", "M00-OUT11=0", "IN00-IN04=0 OUT08-OUT11=0",
     "IN00-M00=0 OUT07-OUT11=0", "IN00-OUT06=0", "IN00-M00=0",
 )  # fmt: skip
-FAST = partial(on_model, "loraclr", speed="fast")
+FAST, BALANCED = (partial(on_model, "loraclr", speed=speed) for speed in ("fast", "balanced"))
 PRUNED = _grid(density=DENSITIES, scale=SCALES)
 
 #: Ours last but for the research ones, so that a table reads from worst to best.
@@ -189,25 +148,6 @@ CONTENDERS: dict[str, Contender] = {
     "reference-tuned": Contender(reference, _grid(rate=(1e-3, 3e-3), iterations=(300, 1000))),
     "loraclr-closed": Contender(on_model("loraclr", speed="closed")),
     "loraclr-fast": Contender(FAST()),
-    "loraclr": Contender(on_model("loraclr", speed="balanced")),
+    "loraclr": Contender(BALANCED()),
     "loraclr-best": Contender(on_model("loraclr", speed="best")),
-    # The same once more: how much a merge differs by itself, on another processor for example.
-    "fast-again": Contender(FAST()),
-    # With one ingredient left out.
-    "fast-unwhitened": Contender(FAST(directions=0)),
-    "balanced-unguided": Contender(on_model("loraclr", speed="balanced", guided=0.0)),
-    "fast-no-scenes": Contender(FAST(scenes=0)),
-    "fast-no-styled": Contender(FAST(styled=0.0)),
-    "fast-no-neutral": Contender(FAST(neutral=0.0)),
-    "fast-no-words": Contender(FAST(reading=0.0)),
-    "fast-no-astray": Contender(FAST(astray=0.0)),
-    "fast-no-look": Contender(FAST(again=0.0)),
-    "fast-no-care": Contender(FAST(care=0.0)),
-    "fast-from-sum": Contender(from_the_sum),
-    "fast-as-predicted": Contender(changed("loraclr.polish.in_v", as_predicted, FAST())),
-    "fast-rank-8": Contender(FAST(rank=8)),
-    "fast-rank-8-by-weights": Contender(changed("loraclr.merging.truncate", by_weights_alone, FAST(rank=8))),
-    "balanced-no-look": Contender(on_model("loraclr", speed="balanced", again=0.0)),
 }
-#: Drawn only if asked for by name.
-ON_REQUEST = tuple(name for name in CONTENDERS if name.startswith(("fast-", "balanced-")))

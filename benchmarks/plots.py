@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.contenders import ON_REQUEST
+from benchmarks.ingredients import INGREDIENTS
 
 #: The paper's three alignments (Fig. 5), and what users notice besides.
 SHOWN = {
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--seed", type=int, default=0, help="of the grid's set of concepts (default: %(default)s)")
     args = options.parse_args(argv)
     rows = json.loads(args.json.read_text(encoding="utf-8"))["rows"]
-    rows = [row for row in rows if row["method"] not in ON_REQUEST]
+    rows = [row for row in rows if row["method"] not in INGREDIENTS]
     args.folder.mkdir(parents=True, exist_ok=True)
     for plot in (against_count, against_cost):
         print(plot(rows, args.folder / f"{plot.__name__.replace('_', '-')}.png"))

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import loraclr
 from benchmarks import metrics, scenes
-from benchmarks.contenders import CONTENDERS, ON_REQUEST, Contender, Entry
+from benchmarks.contenders import CONTENDERS, Contender, Entry
+from benchmarks.ingredients import INGREDIENTS
 from benchmarks.results import COLUMNS, Piece, Pieces, rows, table
 from benchmarks.scenes import Plan, Shot
 from loraclr import report
@@ -37,6 +38,7 @@ from miniature.vocabulary import CONCEPTS, Concept
 
 COUNTS, SEEDS = (2, 4, 8, 12), 3
 QUICK_COUNTS, QUICK_SEEDS = (2, 4), 1
+KNOWN = CONTENDERS | INGREDIENTS
 QUICK_METHODS = ("base", "single", "sum", "average", "svd", "ties", "loraclr-closed", "loraclr-fast")
 ALWAYS = ("base", "single")
 REFERENCES = {"single": "concepts", "base": "base"}  # method → the part that all pictures are compared with
@@ -200,7 +202,7 @@ def run(
     folder = path.with_name(f"{path.stem}-pictures") / kind
     folder.mkdir(parents=True, exist_ok=True)
     pieces = Pieces(path.with_suffix(".jsonl"), asdict(plan))
-    order = [name for name in CONTENDERS if name in {*ALWAYS, *names}]
+    order = [name for name in KNOWN if name in {*ALWAYS, *names}]
     keys = [(count, name, seed) for count in counts for seed in range(seeds) for name in order]
     with tqdm(total=len(keys), desc="pieces", unit="piece", file=sys.stderr) as bar:
         for key in keys:
@@ -208,7 +210,7 @@ def run(
             tick = partial(_tell, bar, doing, drawn)
             bench = Bench(host, judge, plan, pieces, folder, tick)
             if key not in pieces.done:
-                measure(bench, key, CONTENDERS[key[1]])
+                measure(bench, key, KNOWN[key[1]])
             here = rows([pieces.done[k] for k in sorted(keys, key=_reading(order)) if k in pieces.done])
             path.write_text(json.dumps({"rows": here}, indent=1) + "\n", encoding="utf-8")
             bar.update()
@@ -233,8 +235,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--counts", type=_listed(range(1, len(CONCEPTS) + 1), int), help="numbers of concepts: 2,4,8")
     options.add_argument(
         "--methods",
-        type=_listed(CONTENDERS, str),
-        help=f"of {', '.join(CONTENDERS)} (default: all but {', '.join(ON_REQUEST)})",
+        type=_listed(KNOWN, str),
+        help=f"of {', '.join(CONTENDERS)} (default: these), and single ingredients: {', '.join(INGREDIENTS)}",
     )
     options.add_argument(
         "--columns", type=_listed(COLUMNS, str), default=COLUMNS, help=f"of the table: {', '.join(COLUMNS)}"
@@ -261,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = scenes.QUICK if args.quick else Plan()
     counts = args.counts or (QUICK_COUNTS if args.quick else COUNTS)
     seeds = args.seeds or (QUICK_SEEDS if args.quick else SEEDS)
-    usual = QUICK_METHODS if args.quick else tuple(name for name in CONTENDERS if name not in ON_REQUEST)
+    usual = QUICK_METHODS if args.quick else tuple(CONTENDERS)
     names = args.methods or usual
     result = run(args.json, plan, counts, seeds, names, open_miniature(args.device), Judge.load())
     print(report.text(table(result, args.columns)))

@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from benchmarks import contenders, margins, quality, results, scenes
+from benchmarks import contenders, ingredients, margins, quality, results, scenes
 from benchmarks.results import FIGURES, Piece, Pieces
 from benchmarks.scenes import QUICK, Plan
 from loraclr import files, merging, methods, polish, prompts, report
@@ -165,7 +165,7 @@ class TestRun:
         _, run = bench
         usual = contenders.CONTENDERS["sum"]
         knowing = replace(usual, run=lambda *told: replace(usual.run(*told), seen={frozenset((0, 1))}))
-        monkeypatch.setitem(quality.CONTENDERS, "sum", knowing)
+        monkeypatch.setitem(quality.KNOWN, "sum", knowing)
         run(("sum", "average"), counts=(3,), plan=replace(TINY, pairs=6))
         pieces = Pieces(tmp_path / "q.jsonl", vars(replace(TINY, pairs=6))).done
         lengths = {name: len(pieces[3, name, 0].values["two_new"]) for name in ("sum", "average")}
@@ -179,7 +179,7 @@ class TestRun:
         monkeypatch.setattr(contenders.methods, "merge", lambda *_: merge)
         seen = contenders.CONTENDERS["loraclr-fast"].run(None, asked, 0, {}).seen
         assert seen == {frozenset(pair) for pair in itertools.combinations(range(4), 2)}, "a style with each thing"
-        assert not contenders.CONTENDERS["fast-no-scenes"].run(None, asked, 0, {}).seen
+        assert not ingredients.INGREDIENTS["fast-no-scenes"].run(None, asked, 0, {}).seen
         assert not contenders.CONTENDERS["gradient-fusion"].run(None, asked, 0, {}).seen
 
     def test_what_is_compared_with_what(self, bench) -> None:
@@ -236,7 +236,7 @@ class TestRun:
     def test_options_are_chosen_on_tuning_prompts_only_and_once(self, bench, monkeypatch: pytest.MonkeyPatch) -> None:
         host, run = bench
         grid = ({"scale": 0.5}, {"scale": 2.0})
-        monkeypatch.setitem(contenders.CONTENDERS, "sum", replace(contenders.CONTENDERS["sum"], grid=grid))
+        monkeypatch.setitem(quality.KNOWN, "sum", replace(contenders.CONTENDERS["sum"], grid=grid))
         row = run(names=("sum",), seeds=2)[-1]
         assert row["settings"] in grid
         assert row["seeds"] == 2
@@ -249,7 +249,7 @@ class TestIngredients:
 
     def test_the_sum_in_the_place_of_the_closed_form(self) -> None:
         changes = [(torch.randn(3, 2), torch.randn(2, 4)), None, (torch.randn(3, 1), torch.randn(1, 4))]
-        told = contenders.Summed(4, changes)
+        told = ingredients.Summed(4, changes)
         told.add(0, torch.randn(5, 4))
         up, down = told.solve()
         torch.testing.assert_close(up @ down, changes[0][0] @ changes[0][1] + changes[2][0] @ changes[2][1])
@@ -258,14 +258,14 @@ class TestIngredients:
         asked, used = [quality.to_merge(CONCEPT["tiger"])], []
         merge = begun(asked, None)
         monkeypatch.setattr(contenders.methods, "merge", lambda *_: used.append(polish.in_v) or merge)
-        contenders.CONTENDERS["fast-as-predicted"].run(None, asked, 0, {})
+        ingredients.INGREDIENTS["fast-as-predicted"].run(None, asked, 0, {})
         contenders.CONTENDERS["loraclr-fast"].run(None, asked, 0, {})
-        assert used == [contenders.as_predicted, polish.in_v] and polish.in_v is not contenders.as_predicted
+        assert used == [ingredients.as_predicted, polish.in_v] and polish.in_v is not ingredients.as_predicted
 
     def test_factors_cut_whatever_the_layer_reads(self) -> None:
         up, down = torch.eye(2), torch.diag(torch.tensor([2.0, 1.0]))
         gram = torch.diag(torch.tensor([1.0, 100.0]))  # nearly all is read along the second direction
-        for cut, left in ((merging.truncate, [0.0, 1.0]), (contenders.by_weights_alone, [2.0, 0.0])):
+        for cut, left in ((merging.truncate, [0.0, 1.0]), (ingredients.by_weights_alone, [2.0, 0.0])):
             found = cut(up, down, 1, gram)
             torch.testing.assert_close((found[0] @ found[1]).diagonal(), torch.tensor(left))
 
