@@ -73,7 +73,7 @@ def by_weights(method: str) -> Run:
         rank = None if method == "svd" else EVERY
         # concat keeps all by itself, and says so if it is given a rank.
         settings = Options(**{"rank": None if method == "concat" else rank, "seed": seed, **options})
-        return drawing(methods.combine(concepts, method, settings, modules=host.layers()), options)
+        return entry_of(methods.combine(concepts, method, settings, modules=host.layers()), options)
 
     return run
 
@@ -83,7 +83,7 @@ def by_blocks(host: Host, concepts: Sequence[Concept], seed: int, options: Mappi
     weights = block_weights(options.get("blocks", "BASE=1"))
     asked = [replace(concept, blocks=weights) for concept in concepts]
     told = Options(rank=EVERY, scale=options.get("scale", 1.0))
-    return drawing(methods.combine(asked, "sum", told, modules=host.layers()), options)
+    return entry_of(methods.combine(asked, "sum", told, modules=host.layers()), options)
 
 
 def on_model(method: str, **settings) -> Run:
@@ -92,7 +92,7 @@ def on_model(method: str, **settings) -> Run:
     def run(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
         told = Settings(**{**settings, **options, "seed": seed})
         pairs = seen(concepts, told) if method == "loraclr" else ()
-        return replace(drawing(methods.merge(host, concepts, method, told), options), seen=pairs)
+        return replace(entry_of(methods.merge(host, concepts, method, told), options), seen=pairs)
 
     return run
 
@@ -105,11 +105,11 @@ def seen(concepts: Sequence[Concept], told: Settings) -> Collection[frozenset[in
 def reference(host: Host, concepts: Sequence[Concept], seed: int, options: Mapping) -> Entry:
     """The reference loop on the prompts that its code uses; `options` are fields of `Settings`."""
     asked = [replace(concept, prompts=REFERENCE_PROMPTS) for concept in concepts]
-    return drawing(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
+    return entry_of(methods.merge(host, asked, "reference", Settings(**{**options, "seed": seed})), options)
 
 
-def drawing(merge: Merge, options: Mapping) -> Entry:
-    """Every picture is drawn with the merged LoRA."""
+def entry_of(merge: Merge, options: Mapping) -> Entry:
+    """What a finished merge draws every picture with, and what it took."""
     changes = merge.changes()
     capture = merge.seconds.get("capture", 0.0)
     return Entry(lambda _: changes, capture, sum(merge.seconds.values()) - capture, options)

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import BALANCED, FAST, Contender, Entry, Run, drawing, seen
+from benchmarks.contenders import BALANCED, FAST, Contender, Entry, Run, entry_of, seen
 from loraclr import factor, merging
 from loraclr.concept import Concept
 from loraclr.hosts import Host
@@ -32,7 +32,7 @@ def from_the_sum(host: Host, concepts: Sequence[Concept], seed: int, options: Ma
         return Summed(width(asked), asked, device=device)
 
     told = Settings(seed=seed)
-    return replace(drawing(merging.merge(host, concepts, told, fit=fit), options), seen=seen(concepts, told))
+    return replace(entry_of(merging.merge(host, concepts, told, fit=fit), options), seen=seen(concepts, told))
 
 
 def changed(part: str, other: Callable, run: Run) -> Run:
